@@ -1,0 +1,175 @@
+"""Score shards with a MultiModalPredictor.
+
+    python -m jobs.score --input data/ --predictor AutogluonModels/mine --output scores/
+    python -m jobs.score --config job.yaml --set batch.rows=512 --dry-run
+
+The same line works on a laptop, on one GPU and as the entrypoint of `ray job submit`. Exit codes: 0 complete, 1 a bug,
+2 configuration or usage, 3 input, 4 engine, 5 locked, 6 interrupted (rerun to resume). The last line of the log is one
+JSON document with exit code, run id and counts, because `ray job submit` itself exits 1 whatever happened.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from scoring.config import describe, load_config
+from scoring.errors import IncompleteError, ScoringError
+from scoring.storage import redact, redact_text
+
+logger = logging.getLogger("jobs.score")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def score(
+    input: Annotated[list[str] | None, typer.Option(help="File, folder, glob or URI; may be given again.")] = None,
+    predictor: Annotated[str | None, typer.Option(help="Folder or URI that fit() saved.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder or URI to write below.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file; flags and --set override it.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="One setting, key.path=value; may be given again.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="Name of the run; derived from its fingerprint if not given.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+) -> None:
+    """Score every row of the input and write scores, quarantine and a manifest below --output."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    flags: dict[str, Any] = {
+        "input.paths": input or None,
+        "predictor.path": predictor,
+        "output.path": output,
+        "run.id": run_id,
+    }
+    raise typer.Exit(_finish(lambda summary: _score(config, flags, set or [], dry_run, summary)))
+
+
+def _finish(work: "Any") -> int:
+    """Run the work, log an error by its kind, and print the closing JSON line; returns the exit code."""
+    summary: dict[str, Any] = {"exit_code": 0, "run_id": None}
+    try:
+        work(summary)
+    except ScoringError as error:
+        summary["exit_code"] = error.exit_code
+        summary["error"] = redact_text(str(error))
+        logger.error("%s", summary["error"])
+    except KeyboardInterrupt:
+        summary["exit_code"] = IncompleteError.exit_code
+        summary["error"] = "interrupted; rerun the same command"
+        logger.error("%s", summary["error"])
+    except Exception as error:  # the process edge: a bug, told with its traceback
+        known = _scoring_cause(error)
+        summary["exit_code"] = known.exit_code if known else 1
+        summary["error"] = redact_text(str(known or f"{type(error).__name__}: {error}").strip())
+        logger.error("%s", summary["error"], exc_info=None if known else error)
+    sys.stderr.flush()
+    print(json.dumps(summary), flush=True)
+    return int(summary["exit_code"])
+
+
+def _scoring_cause(error: BaseException) -> ScoringError | None:
+    """Our own error inside what Ray wraps around a worker's exception."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, ScoringError):
+            return current
+        inner = getattr(current, "cause", None)
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+    return None
+
+
+def _score(
+    file: str | None, flags: dict[str, Any], overrides: list[str], dry_run: bool, summary: dict[str, Any]
+) -> None:
+    config = load_config(file=file, flags=flags, overrides=overrides, cwd=Path.cwd())
+    for key, value in describe(config):
+        logger.info("config %s = %s", key, value)
+    import ray
+
+    from scoring.pipeline import Timings, prepare, run
+
+    timings = Timings()
+    start = time.perf_counter()
+    with timings.phase("ray_init_s"):
+        _start_ray(ray)
+    plan = prepare(config, timings)
+    summary["run_id"] = plan.run.run_id
+    if dry_run:
+        _print_plan(plan)
+        summary["rows_estimated"] = plan.inputs.estimated_rows
+        return
+    outcome = run(plan, timings)
+    wall_s = time.perf_counter() - start
+    summary |= {"output": redact(plan.run.uri), **outcome.totals, "was_published": outcome.was_published}
+    if not outcome.was_published:
+        scored = outcome.totals["rows_read"]
+        summary |= {"wall_s": round(wall_s, 1), "timings": dict(outcome.timings)}
+        logger.info(
+            "run %s: %d rows in %.1f s, %.0f rows/s with start-up", plan.run.run_id, scored, wall_s, scored / wall_s
+        )
+
+
+def _start_ray(ray: Any) -> None:
+    """Join the cluster of RAY_ADDRESS or of this machine, else start one here."""
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+
+
+def _print_plan(plan: Any) -> None:
+    console = Console(width=120, soft_wrap=True)
+    inputs, pools = plan.inputs, plan.pools
+    rows = f"{inputs.estimated_rows:,}" + (
+        "" if inputs.has_exact_rows else " (estimated: CSV rows are known once read)"
+    )
+    facts = Table(show_header=False, title="Plan", title_justify="left")
+    state = "published already: nothing to do" if plan.run.is_published else "to be scored"
+    for name, value in (
+        ("run", f"{plan.run.run_id} ({state})"),
+        ("would write", redact(plan.run.uri)),
+        ("predictor", f"{redact(plan.config.predictor.path)} sha256={plan.predictor_hash}"),
+        ("problem", f"{plan.spec.problem_type}, label {plan.spec.label!r}, classes {list(plan.spec.class_labels)}"),
+        ("files", f"{len(inputs.files)} in {len(inputs.shards)} shards"),
+        ("rows", rows),
+        (
+            "actors",
+            f"{pools.scoring_actors} scoring ({pools.gpus_per_actor:g} GPU each), {pools.feature_workers} for features",
+        ),
+    ):
+        facts.add_row(name, str(value))
+    console.print(facts)
+    _print_columns(console, plan)
+    shards = Table(title="Shards", title_justify="left")
+    for column in ("shard", "file", "first row", "rows"):
+        shards.add_column(column, overflow="fold")
+    for shard in inputs.shards[:50]:
+        count = f"{shard.estimated_rows:,}" + ("" if shard.num_rows is not None else " (est.)")
+        shards.add_row(str(shard.index), shard.file.source_file, f"{shard.first_row:,}", count)
+    console.print(shards)
+    if len(inputs.shards) > 50:
+        console.print(f"... and {len(inputs.shards) - 50} more shards")
+
+
+def _print_columns(console: Console, plan: Any) -> None:
+    columns = Table(title="Columns", title_justify="left")
+    for name in ("column", "found as", "used as"):
+        columns.add_column(name)
+    found = {name: str(kind) for file in reversed(plan.inputs.files) for name, kind in file.all_columns.items()}
+    roles = {column.name: column.role for column in plan.inputs.schema.model}
+    kept = {column.name for column in plan.inputs.schema.kept}
+    for name in dict.fromkeys([*plan.spec.columns, *found]):
+        uses = [use for use in (roles.get(name), "kept" if name in kept else None) if use]
+        columns.add_row(name, found.get(name, "MISSING"), ", ".join(uses) or "not read")
+    console.print(columns)
+
+
+if __name__ == "__main__":
+    app()

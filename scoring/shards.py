@@ -1,0 +1,395 @@
+"""Inputs to shards: which files there are, what columns and rows they hold, and how they are cut into shards.
+
+Owns listing, inspection (parquet footers, CSV headers), the schema check across files against the predictor's columns,
+and the cutting. Reads no rows (`source`). Every problem of every file is found before anything is reported.
+"""
+
+import csv
+import gzip
+import io
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, cast
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from scoring.columns import KeptColumn, ModelColumn, ReadSchema, plain_type
+from scoring.config import DEFAULT_NULL_VALUES, CsvConfig, InputConfig
+from scoring.errors import ConfigError, InputError
+from scoring.images import is_image_type
+from scoring.spec import FeatureSpec
+from scoring.storage import ListedFile, expand, open_input, redact
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["parquet", "csv"]
+
+_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".csv.gz": "csv"}
+_PARTITION = re.compile(r"([^/=]+)=([^/]*)")
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+# A shard is the unit of a read task: large enough to be worth a task, small enough to spread a single file.
+_SHARD_ROWS = 16_384
+_SHARD_BYTES = 64 * 2**20
+_CSV_SAMPLE_BYTES = 256 * 2**10
+_GZIP_FACTOR = 4  # text of this kind; only an estimate for progress, corrected when the file is read
+_INSPECT_THREADS = 16
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file. `columns` are its own, in order, with plain arrow types; `partition` the Hive keys of its path.
+
+    `row_groups` are (rows, bytes) each, empty for CSV, whose `num_rows` is an estimate.
+    """
+
+    uri: str
+    source_file: str
+    size_bytes: int
+    version: str
+    format: Format
+    columns: dict[str, pa.DataType]
+    partition: dict[str, str | None]
+    num_rows: int
+    row_groups: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def all_columns(self) -> dict[str, pa.DataType]:
+        """File columns and partition keys; a key that the file holds too is the file's."""
+        return {**dict.fromkeys(self.partition, pa.string()), **self.columns}
+
+    def is_text(self, name: str) -> bool:
+        """Whether a column's cells are text that we cast: all of a CSV, and partition keys."""
+        return self.format == "csv" or name not in self.columns
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of whole row groups of one parquet file, or one CSV file. `num_rows` is None where only reading tells."""
+
+    index: int
+    file: SourceFile
+    first_row: int
+    num_rows: int | None
+    row_groups: tuple[int, ...] = ()
+
+    @property
+    def estimated_rows(self) -> int:
+        return self.file.num_rows if self.num_rows is None else self.num_rows
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """What a run reads: its files, shards and the schema they share."""
+
+    files: tuple[SourceFile, ...]
+    shards: tuple[Shard, ...]
+    schema: ReadSchema
+
+    @property
+    def estimated_rows(self) -> int:
+        return sum(shard.estimated_rows for shard in self.shards)
+
+    @property
+    def has_exact_rows(self) -> bool:
+        return all(shard.num_rows is not None for shard in self.shards)
+
+
+def list_inputs(config: InputConfig) -> list[ListedFile]:
+    """Every file of every input, sorted, each once. Raises InputError naming all inputs that match nothing."""
+    found: dict[str, ListedFile] = {}
+    problems: list[str] = []
+    for path in config.paths:
+        listed = expand(path)
+        usable = [file for file in listed if _format(file.uri, config) is not None]
+        if not usable:
+            problems.append(_no_match(path, listed))
+        for file in usable:
+            if file.uri in found:
+                logger.warning("input.paths: %s is named more than once; it is read once", redact(file.uri))
+            found[file.uri] = file
+        if len(usable) < len(listed):
+            logger.info("input.paths: %s: %d other files ignored", redact(path), len(listed) - len(usable))
+    if problems:
+        raise InputError("\n".join(problems))
+    return [found[uri] for uri in sorted(found)]
+
+
+def _no_match(path: str, listed: Sequence[ListedFile]) -> str:
+    suffixes = ", ".join(_SUFFIXES)
+    if not listed:
+        return f"input {redact(path)}: matches no file; give a file, a folder, a glob or a URI of {suffixes} files"
+    return (
+        f"input {redact(path)}: {len(listed)} files, none of them {suffixes} (first: {redact(listed[0].uri)}); "
+        "set input.format if they are parquet or CSV under another name"
+    )
+
+
+def _format(uri: str, config: InputConfig) -> Format | None:
+    if config.format != "auto":
+        return config.format
+    name = uri.lower()
+    return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+def inspect_files(listing: Sequence[ListedFile], config: InputConfig) -> tuple[SourceFile, ...]:
+    """Read every footer and header. Raises InputError naming every file that cannot be read, with its reason."""
+
+    def inspect(file: ListedFile) -> SourceFile | str:
+        try:
+            return _inspect(file, config)
+        except (OSError, ValueError, pa.ArrowException, csv.Error, EOFError) as error:
+            return f"{redact(file.uri)}: {_first_line(error)}"
+
+    with ThreadPoolExecutor(_INSPECT_THREADS) as pool:
+        inspected = list(pool.map(inspect, listing))
+    problems = [item for item in inspected if isinstance(item, str)]
+    if problems:
+        advice = "restore or remove these files"
+        raise InputError(
+            "\n".join([f"{len(problems)} of {len(listing)} input files cannot be read; {advice}:", *problems])
+        )
+    return tuple(item for item in inspected if isinstance(item, SourceFile))
+
+
+def _inspect(file: ListedFile, config: InputConfig) -> SourceFile:
+    inspect = _inspect_parquet if _format(file.uri, config) == "parquet" else _inspect_csv
+    return inspect(file, config.csv)
+
+
+def _inspect_parquet(file: ListedFile, _: CsvConfig) -> SourceFile:
+    with open_input(file.uri) as stream, pq.ParquetFile(stream) as parquet:
+        metadata = parquet.metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        schema = parquet.schema_arrow
+    _refuse_duplicates(schema.names)
+    return SourceFile(
+        uri=file.uri,
+        source_file=redact(file.uri),
+        size_bytes=file.size_bytes,
+        version=file.version,
+        format="parquet",
+        columns={field.name: plain_type(field.type) for field in schema},
+        partition=partition_keys(file.uri),
+        num_rows=metadata.num_rows,
+        row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
+    )
+
+
+def _inspect_csv(file: ListedFile, config: CsvConfig) -> SourceFile:
+    with open_csv_text(file.uri) as stream:
+        sample = stream.read(_CSV_SAMPLE_BYTES)
+    header, sample_rows = _csv_sample(sample, config)
+    _refuse_duplicates(header)
+    size = file.size_bytes * (_GZIP_FACTOR if file.uri.endswith(".gz") else 1)
+    return SourceFile(
+        uri=file.uri,
+        source_file=redact(file.uri),
+        size_bytes=file.size_bytes,
+        version=file.version,
+        format="csv",
+        columns=dict.fromkeys(header, pa.string()),
+        partition=partition_keys(file.uri),
+        num_rows=sample_rows if len(sample) < _CSV_SAMPLE_BYTES else round(size / len(sample) * sample_rows),
+    )
+
+
+def open_csv_text(uri: str) -> io.BufferedIOBase:
+    """A CSV file's bytes, decompressed where its name ends in .gz."""
+    stream = cast(io.BufferedIOBase, open_input(uri))
+    return cast(io.BufferedIOBase, gzip.GzipFile(fileobj=stream)) if uri.endswith(".gz") else stream
+
+
+def _csv_sample(sample: bytes, config: CsvConfig) -> tuple[list[str], int]:
+    text = sample.decode(
+        "utf-8-sig" if config.encoding.lower() in ("utf-8", "utf8") else config.encoding, errors="replace"
+    )
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=config.delimiter)
+    header = next((row for row in rows if row), None)
+    if header is None:
+        raise ValueError("no header; an empty CSV file has a header line and no rows")
+    return header, sum(1 for row in rows if row)
+
+
+def _refuse_duplicates(names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    repeated = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
+    if repeated:
+        raise ValueError(f"column names occur more than once: {', '.join(repeated)}")
+
+
+def partition_keys(uri: str) -> dict[str, str | None]:
+    """The Hive keys of a file's folders: `.../country=at/part.parquet` -> {"country": "at"}."""
+    folders = redact(uri).split("/")[:-1]
+    matches = [match for folder in folders if (match := _PARTITION.fullmatch(folder))]
+    return {
+        key: None if value == _HIVE_NULL else unquote(value) for key, value in (match.groups() for match in matches)
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def plan_inputs(
+    files: tuple[SourceFile, ...], spec: FeatureSpec, config: InputConfig, reserved: Sequence[str]
+) -> InputPlan:
+    """Check the columns of all files against the predictor and each other, and cut the files into shards.
+
+    Raises InputError naming every file whose model columns are missing or of another type, and ConfigError when a kept
+    column is nowhere or named like an output column (`reserved`).
+    """
+    problems = [problem for file in files for problem in _missing_columns(file, spec)]
+    model: list[ModelColumn] = []
+    if not problems:
+        for name, role, accepts in _wanted_columns(spec):
+            column, disagreements = _agree(files, name, role, accepts)
+            problems += disagreements
+            if column is not None:
+                model.append(column)
+    if problems:
+        raise InputError("\n".join(problems))
+    nulls = DEFAULT_NULL_VALUES if config.csv.null_values is None else config.csv.null_values
+    kept = _kept_columns(files, spec, config.keep, reserved)
+    return InputPlan(files, cut_shards(files), ReadSchema(tuple(model), kept, tuple(nulls)))
+
+
+def _missing_columns(file: SourceFile, spec: FeatureSpec) -> list[str]:
+    missing = [name for name in spec.columns if name not in file.all_columns]
+    if not missing:
+        return []
+    shown = ", ".join(file.all_columns)
+    return [
+        f"{file.source_file}: column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} missing, the predictor "
+        f"reads {'them' if len(missing) > 1 else 'it'}; the file has: {shown}. Rename or add the column"
+    ]
+
+
+def _wanted_columns(spec: FeatureSpec) -> Iterable[tuple[str, str, Callable[[pa.DataType], pa.DataType | None]]]:
+    """(name, what the predictor needs, a function from a file's type to the canonical type or None when unusable)."""
+    categorical = {column.name: column.kind for column in spec.categorical}
+    numerical = {column.name for column in spec.numerical}
+    numerical |= {column.name for column in spec.text if column.origin == "numerical"}
+    images = {column.name for column in spec.image}
+    for name in spec.columns:
+        if name in images:
+            yield name, "image", lambda kind: kind if is_image_type(kind) else None
+        elif name in numerical:
+            yield name, "number", lambda kind: pa.float64() if _is_number(kind) or pt.is_string(kind) else None
+        elif categorical.get(name) == "number":
+            yield name, "category", lambda kind: pa.float64() if _is_number(kind) and not pt.is_boolean(kind) else None
+        elif categorical.get(name) == "bool":
+            yield name, "category", lambda kind: pa.bool_() if pt.is_boolean(kind) else None
+        elif name in categorical:
+            yield name, "category", lambda kind: pa.string() if pt.is_string(kind) else None
+        else:
+            yield name, "text", lambda kind: None if pt.is_binary(kind) or pt.is_nested(kind) else pa.string()
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind) or pt.is_boolean(kind))
+
+
+def _agree(
+    files: Sequence[SourceFile], name: str, role: str, accepts: Callable[[pa.DataType], pa.DataType | None]
+) -> tuple[ModelColumn | None, list[str]]:
+    """The canonical column, or one line a file that does not fit the predictor or the first file."""
+    canonical: dict[pa.DataType, SourceFile] = {}
+    problems = []
+    for file in files:
+        kind = file.all_columns[name]
+        if pt.is_null(kind):
+            continue  # a column of nulls alone fits every type
+        # Text that we read ourselves is cast to whatever the predictor was fitted on.
+        fits = _text_becomes(role, accepts) if file.is_text(name) else accepts(kind)
+        if fits is None:
+            problems.append(
+                f"{file.source_file}: column {name!r} is {kind}, the predictor was fitted on a {role} of another type; cast it"
+            )
+        else:
+            canonical.setdefault(fits, file)
+    if len(canonical) > 1:
+        first, other = list(canonical.items())[:2]
+        problems.append(
+            f"column {name!r} is {first[0]} in {first[1].source_file} but {other[0]} in {other[1].source_file}; cast one of them"
+        )
+    if problems:
+        return None, problems
+    fallback = accepts(pa.float64()) or accepts(pa.bool_()) or accepts(pa.string())
+    return ModelColumn(name, role, next(iter(canonical), fallback)), []  # type: ignore[arg-type]
+
+
+def _text_becomes(role: str, accepts: Callable[[pa.DataType], pa.DataType | None]) -> pa.DataType | None:
+    if role != "category":
+        return accepts(pa.string())
+    return accepts(pa.string()) or accepts(pa.float64()) or accepts(pa.bool_())
+
+
+def _kept_columns(
+    files: Sequence[SourceFile], spec: FeatureSpec, keep: Sequence[str] | None, reserved: Sequence[str]
+) -> tuple[KeptColumn, ...]:
+    present = {name: kind for file in reversed(files) for name, kind in file.all_columns.items()}
+    if keep is None:
+        names = [name for name in present if name not in spec.columns and not _holds_bytes(present[name])]
+    else:
+        names = list(keep)
+        unknown = [name for name in names if name not in present]
+        if unknown and files:
+            raise ConfigError(f"input.keep: {', '.join(unknown)} in no input file; they have: {', '.join(present)}")
+    collisions = [name for name in names if name in reserved]
+    if collisions:
+        raise ConfigError(
+            f"input.keep: {', '.join(collisions)} would collide with output columns of that name; rename the input column or "
+            "list the columns to keep in input.keep"
+        )
+    return tuple(KeptColumn(name, _common_type(files, name)) for name in names)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return bool(pt.is_binary(kind) or (pt.is_list(kind) and pt.is_binary(kind.value_type)))
+
+
+def _common_type(files: Sequence[SourceFile], name: str) -> pa.DataType:
+    kinds = {file.all_columns[name] for file in files if name in file.all_columns} - {pa.null()}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds and all(_is_number(kind) and not pt.is_boolean(kind) and not pt.is_decimal(kind) for kind in kinds):
+        return pa.int64() if all(pt.is_integer(kind) for kind in kinds) else pa.float64()
+    if kinds:
+        logger.warning(
+            "input.keep: column %r is %s in different files; it is kept as text", name, sorted(map(str, kinds))
+        )
+    return pa.string()
+
+
+def cut_shards(files: Sequence[SourceFile]) -> tuple[Shard, ...]:
+    """Files in order -> shards in order, numbered from 0; every row of every file is in exactly one."""
+    shards: list[Shard] = []
+    for file in files:
+        if file.format == "csv":
+            shards.append(Shard(len(shards), file, first_row=0, num_rows=None))
+            continue
+        first_row = 0
+        for groups in _group_row_groups(file.row_groups):
+            num_rows = sum(file.row_groups[group][0] for group in groups)
+            shards.append(Shard(len(shards), file, first_row, num_rows, groups))
+            first_row += num_rows
+    return tuple(shards)
+
+
+def _group_row_groups(row_groups: Sequence[tuple[int, int]]) -> Iterable[tuple[int, ...]]:
+    """Consecutive row groups up to a shard's rows and bytes; a file without any is one empty shard."""
+    group: list[int] = []
+    rows = size_bytes = 0
+    for index, (num_rows, num_bytes) in enumerate(row_groups):
+        if group and (rows + num_rows > _SHARD_ROWS or size_bytes + num_bytes > _SHARD_BYTES):
+            yield tuple(group)
+            group, rows, size_bytes = [], 0, 0
+        group.append(index)
+        rows, size_bytes = rows + num_rows, size_bytes + num_bytes
+    yield tuple(group)

@@ -1,0 +1,97 @@
+"""The Ray `Datasource` over shards.
+
+Owns how shards become read tasks, and the note each task leaves of the rows it read. Rows are `reading.py`'s.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+from ray.data import DataContext
+from ray.data.block import Block, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from scoring.columns import SHARD, ReadSchema
+from scoring.config import CsvConfig
+from scoring.ledger import AttemptFolder
+from scoring.reading import read_shard
+from scoring.shards import InputPlan, Shard
+
+# Small files share a task: 10,000 files of 1,000 rows are 1,000 tasks, not 10,000.
+_TASK_ROWS = 10_000
+_ROW_OVERHEAD_BYTES = 64
+
+
+class ShardSource(Datasource):  # type: ignore[misc]
+    """Reads the plan's shards in blocks of at most `block_rows`, and notes each shard's rows in the attempt's folder."""
+
+    def __init__(self, plan: InputPlan, csv_config: CsvConfig, attempt: AttemptFolder, block_rows: int) -> None:
+        super().__init__()
+        self._plan = plan
+        self._csv_config = csv_config
+        self._attempt = attempt
+        self._block_rows = block_rows
+        self._tasks = group_shards(plan.shards)
+
+    @property
+    def num_tasks(self) -> int:
+        """Read tasks: give it to `override_num_blocks`, or Ray splits every read into tiny blocks."""
+        return max(1, len(self._tasks))
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of all files, a lower bound of what they hold decoded."""
+        return sum(file.size_bytes for file in self._plan.files)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,  # noqa: ARG002
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,  # noqa: ARG002
+    ) -> list[ReadTask]:
+        """One task a group of shards, with its row count, so that progress has a total."""
+        return [self._read_task(shards, per_task_row_limit) for shards in self._tasks]
+
+    def _read_task(self, shards: tuple[Shard, ...], row_limit: int | None) -> ReadTask:
+        num_rows = sum(shard.estimated_rows for shard in shards)
+        metadata = BlockMetadata(
+            num_rows=num_rows,
+            size_bytes=sum(_estimated_bytes(shard) for shard in shards),
+            exec_stats=None,
+            input_files=tuple(dict.fromkeys(shard.file.source_file for shard in shards)),
+        )
+        schema, csv_config, attempt, block_rows = self._plan.schema, self._csv_config, self._attempt, self._block_rows
+
+        def read() -> Iterator[Block]:
+            yield from read_shards(shards, schema, csv_config, attempt, block_rows)
+
+        return ReadTask(read, metadata, schema=schema.arrow, per_task_row_limit=row_limit)
+
+
+def _estimated_bytes(shard: Shard) -> int:
+    share = shard.estimated_rows / max(1, shard.file.num_rows)
+    return round(shard.file.size_bytes * share) + shard.estimated_rows * _ROW_OVERHEAD_BYTES
+
+
+def group_shards(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], ...]:
+    """Consecutive shards of few rows together, so that a task is worth its start."""
+    tasks: list[tuple[Shard, ...]] = []
+    group: list[Shard] = []
+    for shard in shards:
+        group.append(shard)
+        if sum(item.estimated_rows for item in group) >= _TASK_ROWS:
+            tasks.append(tuple(group))
+            group = []
+    return (*tasks, tuple(group)) if group else tuple(tasks)
+
+
+def read_shards(
+    shards: Sequence[Shard], schema: ReadSchema, csv_config: CsvConfig, attempt: AttemptFolder, block_rows: int
+) -> Iterator[pa.Table]:
+    """One read task: the blocks of its shards, then the note of how many rows each held."""
+    rows_read = {shard.index: 0 for shard in shards}
+    for shard in shards:
+        for block in read_shard(shard, schema, csv_config, block_rows):
+            rows_read[shard.index] += block.num_rows
+            assert block.num_rows == 0 or block[SHARD][0].as_py() == shard.index
+            yield block
+    attempt.write_reads(shards[0].index, json.dumps({str(index): rows for index, rows in rows_read.items()}))
