@@ -5,3 +5,5 @@ import os
 # Ray under `uv run` re-packages the working folder for its workers: slow uploads, and a second environment to build.
 # Set before Ray is imported anywhere, unless the user decided otherwise.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# Twelve lines of progress every 10 s drown our own; a log (no terminal) gets them once a minute.
+os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", "60")

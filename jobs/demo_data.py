@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from PIL import Image
 
 # All of these lie in the wheel's own data folder; other names in skimage.data would be downloaded.
@@ -170,17 +171,17 @@ def save_image_backbone(folder: Path, *, architecture: str = "mobilenetv3_small_
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def model_settings(models: Iterable[str], folder: Path, texts: Iterable[str]) -> dict[str, object]:
+def model_settings(models: Iterable[str], folder: Path, texts: Iterable[str], *, seed: int = 0) -> dict[str, object]:
     """Return the hyperparameters for AutoGluon's model types `models`, on random backbones saved under `folder`."""
     models = list(models)
     settings: dict[str, object] = {"model.names": models}
     if "hf_text" in models:
-        save_text_backbone(folder / "text", texts)
+        save_text_backbone(folder / "text", texts, seed=seed)
         settings["model.hf_text.checkpoint_name"] = str(folder / "text")
         # Any other value downloads NLTK's word lists.
         settings["model.hf_text.text_trivial_aug_maxscale"] = 0
     if "timm_image" in models:
-        save_image_backbone(folder / "image")
+        save_image_backbone(folder / "image", seed=seed)
         settings["model.timm_image.checkpoint_name"] = str(folder / "image")
         # Augmentation would cost more than it teaches in so few steps.
         settings["model.timm_image.train_transforms"] = ["resize_shorter_side", "center_crop"]
@@ -196,9 +197,13 @@ def fit_small(
     column_types: Mapping[str, str],
     hyperparameters: Mapping[str, object],
 ) -> None:
-    """Fit a predictor on the CPU in seconds. Raises RuntimeError if it ignores a column or answers the same to all."""
+    """Fit a predictor on one core in seconds. Raises RuntimeError if it ignores a column or answers the same to all."""
+    import torch
     from autogluon.multimodal import MultiModalPredictor
 
+    # Models this small gain nothing from a second thread, and where other processes want the cores too, two threads
+    # that wait for each other took eight times as long.
+    torch.set_num_threads(1)
     predictor = MultiModalPredictor(
         label=label, problem_type=problem_type, path=str(folder), verbosity=1, enable_progress_bar=False
     )
@@ -223,6 +228,7 @@ def fit_small(
         hyperparameters={**defaults, **hyperparameters},
         standalone=True,
     )
+    make_portable(folder)
     ignored = predictor._learner._df_preprocessor._ignore_columns_set
     if ignored:
         raise RuntimeError(f"{folder}: the predictor ignores {sorted(ignored)}; they have one value in training")
@@ -230,3 +236,18 @@ def fit_small(
     spread = float(np.asarray(answer(table.head(64), realtime=True)).std(axis=0).max())
     if not spread > 1e-3:
         raise RuntimeError(f"{folder}: scores differ by {spread:.1e} between rows; train longer or with a higher lr")
+
+
+def make_portable(folder: Path) -> None:
+    """Let the saved predictor load without its image backbone, from whatever folder it is copied to.
+
+    `standalone=True` does so for text alone: a local timm checkpoint stays in config.yaml as a path that load() opens.
+    With the architecture's name there, load() builds the model and fills it from the predictor's own weights.
+    """
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    timm_image = config["model"].get("timm_image")
+    if timm_image:
+        backbone = json.loads((Path(timm_image["checkpoint_name"]) / "config.json").read_text())
+        timm_image["checkpoint_name"] = backbone["architecture"]
+        path.write_text(yaml.safe_dump(config, sort_keys=False))

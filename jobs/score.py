@@ -56,18 +56,14 @@ def _finish(work: "Any") -> int:
     summary: dict[str, Any] = {"exit_code": 0, "run_id": None}
     try:
         work(summary)
-    except ScoringError as error:
-        summary["exit_code"] = error.exit_code
-        summary["error"] = redact_text(str(error))
-        logger.error("%s", summary["error"])
     except KeyboardInterrupt:
         summary["exit_code"] = IncompleteError.exit_code
         summary["error"] = "interrupted; rerun the same command"
         logger.error("%s", summary["error"])
-    except Exception as error:  # the process edge: a bug, told with its traceback
+    except Exception as error:  # the process edge: ours are told, anything else is a bug and comes with its traceback
         known = _scoring_cause(error)
         summary["exit_code"] = known.exit_code if known else 1
-        summary["error"] = redact_text(str(known or f"{type(error).__name__}: {error}").strip())
+        summary["error"] = redact_text(str(known) if known else f"{type(error).__name__}: {error}".strip())
         logger.error("%s", summary["error"], exc_info=None if known else error)
     sys.stderr.flush()
     print(json.dumps(summary), flush=True)
@@ -75,16 +71,13 @@ def _finish(work: "Any") -> int:
 
 
 def _scoring_cause(error: BaseException) -> ScoringError | None:
-    """Our own error inside what Ray wraps around a worker's exception."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, ScoringError):
-            return current
-        inner = getattr(current, "cause", None)
-        current = inner if isinstance(inner, BaseException) else current.__cause__
-    return None
+    """Our own error, taken out of what Ray wraps around a worker's exception (whose text is a whole traceback)."""
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, BaseException):
+        return _scoring_cause(inner)
+    if isinstance(error, ScoringError):
+        return error
+    return None if error.__cause__ is None else _scoring_cause(error.__cause__)
 
 
 def _score(
@@ -121,7 +114,8 @@ def _score(
 def _start_ray(ray: Any) -> None:
     """Join the cluster of RAY_ADDRESS or of this machine, else start one here."""
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        # Only for a Ray that is started here: its dashboard takes up to 60 s of two cores to come up, for nobody.
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
 
 
 def _print_plan(plan: Any) -> None:

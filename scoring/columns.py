@@ -33,6 +33,7 @@ MARK_FIELDS = (pa.field("stage", pa.string()), pa.field("reason", pa.string()), 
 Role = Literal["number", "category", "text", "image"]
 
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_MISSING_NUMBER = r"^(?i:[+-]?nan)?$"
 _TRUE, _FALSE = ["True", "true", "TRUE", "1"], ["False", "false", "FALSE", "0"]
 _SHOWN_CHARS = 80
 
@@ -169,9 +170,9 @@ def parse_numbers(cells: pa.ChunkedArray) -> tuple[pa.ChunkedArray, npt.NDArray[
         trimmed = pc.utf8_trim_whitespace(cells)
         is_number = pc.match_substring_regex(trimmed, _NUMBER)
         invalid = pc.fill_null(pc.invert(is_number), False)
-        # An empty cell is a missing value in every file, not only where CSV's null strings hold.
-        empty = pc.fill_null(pc.equal(trimmed, ""), False)
-        invalid = pc.and_not(invalid, empty)
+        # Empty cells and NaN are missing values in every file, not only where CSV's null strings hold.
+        missing = pc.fill_null(pc.match_substring_regex(trimmed, _MISSING_NUMBER), False)
+        invalid = pc.and_not(invalid, missing)
         unsigned = pc.replace_substring_regex(trimmed, r"^\+", "")
         numbers = pc.if_else(is_number, unsigned, pa.scalar(None, pa.string())).cast(pa.float64())
     else:

@@ -125,7 +125,8 @@ class TorchEngine:
     def _tensor(self, array: npt.NDArray[Any]) -> "torch.Tensor":
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        # Arrow's buffers are read-only, which torch warns about; the large arrays (pixels) are ours and not copied.
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -6,7 +6,9 @@ bit-equal to upstream's Pillow path. Does not know rows or batches (`features`).
 
 import base64
 import binascii
+import os
 import re
+import stat
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -21,7 +24,7 @@ import pyarrow.types as pt
 from scoring.config import ImagesConfig
 from scoring.errors import Reason
 from scoring.spec import ImageColumn, ImageModel
-from scoring.storage import filesystem, redact, redact_text
+from scoring.storage import filesystem, is_local, redact, redact_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,19 +32,21 @@ if TYPE_CHECKING:
 Reference = str | bytes | None
 """A path or URI, an image's own bytes, or a missing image."""
 
-_BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+# Written so that it fails in linear time: a trailing \s* would try every split of a long run of blanks.
+_BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]+(?:=\s*){0,2}")
 # JPEG, PNG, GIF, WEBP, TIFF (both byte orders), BMP, as base64 writes their first bytes.
 _BASE64_MAGIC = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk")
 _MIN_BASE64_CHARS = 64  # shorter than any image's header; a path may well be made of these characters alone
 _URI_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FETCH_THREADS = 16
+_MESSAGE_CHARS = 500  # a cell, and with it its message, may be megabytes long
 
 
 class BadImageError(Exception):
     """An image that cannot be scored: its reason from the closed set, and what to tell the reader."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message[:_MESSAGE_CHARS])
         self.reason = reason
 
 
@@ -126,26 +131,33 @@ class ImageFetcher:
             return BadImageError(Reason.IMAGE_MISSING, f"{redact(location)}: cannot be read: {message}")
 
     def _resolve(self, reference: str) -> str:
-        scheme = _URI_SCHEME.match(reference)
-        if scheme is not None and scheme.group(1).lower() not in self._schemes:
+        match = _URI_SCHEME.match(reference)
+        is_absolute = match is not None or reference.startswith("/")
+        location = reference if is_absolute else f"{self._base.rstrip('/')}/{reference}"
+        scheme = match.group(1).lower() if match is not None else "file"
+        # A relative path below a remote base goes where the configuration says.
+        if scheme not in self._schemes and (is_absolute or is_local(location)):
             raise BadImageError(
                 Reason.URI_FORBIDDEN,
-                f"{redact(reference)}: scheme {scheme.group(1)!r} is not in images.schemes={sorted(self._schemes)}",
+                f"{redact(reference)}: scheme {scheme!r} is not in images.schemes={sorted(self._schemes)}",
             )
-        if reference.startswith("file://"):
-            return reference.removeprefix("file://")
-        if scheme is not None or reference.startswith("/"):
-            return reference
-        return f"{self._base.rstrip('/')}/{reference}"
+        if match is not None and scheme == "file":
+            return unquote(reference[match.end() :].removeprefix("localhost"))
+        return location
 
 
 def _read_local(path: str) -> bytes | BadImageError:
     try:
+        # A pipe or a device could block the worker, or never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return BadImageError(Reason.IMAGE_MISSING, f"{path}: is not a file")
         return Path(path).read_bytes()
     except FileNotFoundError:
         return BadImageError(Reason.IMAGE_MISSING, f"{path}: no such file; relative paths start at images.base")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        return BadImageError(Reason.IMAGE_MISSING, f"{path[:500]}: cannot be read: {error}")
+        return BadImageError(
+            Reason.IMAGE_MISSING, f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        )
 
 
 def _read_remote(uri: str) -> bytes:

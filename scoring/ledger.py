@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from scoring.errors import FingerprintError, IncompleteError, QuarantineLimitError, ScoringError
-from scoring.storage import create_exclusive, exists, join, list_names, read_bytes, remove_tree, replace, write_bytes
+from scoring.storage import exists, join, list_names, read_bytes, remove_tree, replace, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,8 @@ class RunFolder:
         stored = self._stored_fingerprint()
         if stored is None:
             document = json.dumps({"digest": digest, "parts": dict(parts)}).encode()
-            create_exclusive(join(self.uri, "_work", "fingerprint.json"), document)
+            # In one put: half a file, left by a killed driver, would stop every rerun.
+            replace(join(self.uri, "_work", "fingerprint.json"), document)
         elif stored["digest"] != digest:
             raise FingerprintError(
                 "\n".join(
@@ -327,7 +328,8 @@ def check_quarantine(accounts: Accounts, max_fraction: float) -> None:
     """Raise QuarantineLimitError when more of the rows than `max_fraction` are in quarantine."""
     totals = accounts.totals
     bad, read = totals["rows_quarantined"], totals["rows_read"]
-    if read and bad > max_fraction * read:
+    # Not bad > max_fraction * read: 0.29 * 100 is less than 29.
+    if read and bad / read > max_fraction:
         top = ", ".join(f"{reason} {count}" for reason, count in Counter(accounts.reasons).most_common(_TOP_REASONS))
         raise QuarantineLimitError(
             f"quarantine.max_fraction: {bad} of {read} rows ({100 * bad / read:.2f} %) are in quarantine, the limit is "

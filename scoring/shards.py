@@ -9,6 +9,7 @@ import gzip
 import io
 import logging
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from scoring.config import DEFAULT_NULL_VALUES, CsvConfig, InputConfig
 from scoring.errors import ConfigError, InputError
 from scoring.images import is_image_type
 from scoring.spec import FeatureSpec
-from scoring.storage import ListedFile, expand, open_input, redact
+from scoring.storage import ListedFile, expand, open_input, redact, redact_text
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,10 @@ class InputPlan:
 
 
 def list_inputs(config: InputConfig) -> list[ListedFile]:
-    """Every file of every input, sorted, each once. Raises InputError naming all inputs that match nothing."""
+    """Every file of every input, sorted, each once.
+
+    Raises InputError naming all inputs that match nothing, and files that would share one source_file.
+    """
     found: dict[str, ListedFile] = {}
     problems: list[str] = []
     for path in config.paths:
@@ -110,14 +114,21 @@ def list_inputs(config: InputConfig) -> list[ListedFile]:
         if not usable:
             problems.append(_no_match(path, listed))
         for file in usable:
-            if file.uri in found:
-                logger.warning("input.paths: %s is named more than once; it is read once", redact(file.uri))
-            found[file.uri] = file
+            name = redact(file.uri)
+            if name not in found:
+                found[name] = file
+            elif (file.size_bytes, file.version) == (found[name].size_bytes, found[name].version):
+                logger.warning("input.paths: %s is named more than once; it is read once", name)
+            else:
+                problems.append(
+                    f"input {redact(path)}: {name} stands for different files once credentials and queries are left "
+                    "out, and their rows could not be told apart; score them in separate runs"
+                )
         if len(usable) < len(listed):
             logger.info("input.paths: %s: %d other files ignored", redact(path), len(listed) - len(usable))
     if problems:
         raise InputError("\n".join(problems))
-    return [found[uri] for uri in sorted(found)]
+    return sorted(found.values(), key=lambda file: file.uri)
 
 
 def _no_match(path: str, listed: Sequence[ListedFile]) -> str:
@@ -133,7 +144,7 @@ def _no_match(path: str, listed: Sequence[ListedFile]) -> str:
 def _format(uri: str, config: InputConfig) -> Format | None:
     if config.format != "auto":
         return config.format
-    name = uri.lower()
+    name = redact(uri).lower()  # a signed URL ends with its signature
     return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)
 
 
@@ -143,7 +154,7 @@ def inspect_files(listing: Sequence[ListedFile], config: InputConfig) -> tuple[S
     def inspect(file: ListedFile) -> SourceFile | str:
         try:
             return _inspect(file, config)
-        except (OSError, ValueError, pa.ArrowException, csv.Error, EOFError) as error:
+        except (OSError, ValueError, pa.ArrowException, csv.Error, EOFError, zlib.error) as error:
             return f"{redact(file.uri)}: {_first_line(error)}"
 
     with ThreadPoolExecutor(_INSPECT_THREADS) as pool:
@@ -186,7 +197,7 @@ def _inspect_csv(file: ListedFile, config: CsvConfig) -> SourceFile:
         sample = stream.read(_CSV_SAMPLE_BYTES)
     header, sample_rows = _csv_sample(sample, config)
     _refuse_duplicates(header)
-    size = file.size_bytes * (_GZIP_FACTOR if file.uri.endswith(".gz") else 1)
+    size = file.size_bytes * (_GZIP_FACTOR if _is_gzip(file.uri) else 1)
     return SourceFile(
         uri=file.uri,
         source_file=redact(file.uri),
@@ -202,17 +213,24 @@ def _inspect_csv(file: ListedFile, config: CsvConfig) -> SourceFile:
 def open_csv_text(uri: str) -> io.BufferedIOBase:
     """A CSV file's bytes, decompressed where its name ends in .gz."""
     stream = cast(io.BufferedIOBase, open_input(uri))
-    return cast(io.BufferedIOBase, gzip.GzipFile(fileobj=stream)) if uri.endswith(".gz") else stream
+    return cast(io.BufferedIOBase, gzip.GzipFile(fileobj=stream)) if _is_gzip(uri) else stream
+
+
+def _is_gzip(uri: str) -> bool:
+    return redact(uri).lower().endswith(".gz")
 
 
 def _csv_sample(sample: bytes, config: CsvConfig) -> tuple[list[str], int]:
     text = sample.decode(
         "utf-8-sig" if config.encoding.lower() in ("utf-8", "utf8") else config.encoding, errors="replace"
     )
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_SAMPLE_BYTES))  # an image in base64 is one field
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=config.delimiter)
     header = next((row for row in rows if row), None)
     if header is None:
         raise ValueError("no header; an empty CSV file has a header line and no rows")
+    if any("\ufffd" in name for name in header):
+        raise ValueError(f"the header is no {config.encoding} text: {header}; set input.csv.encoding")
     return header, sum(1 for row in rows if row)
 
 
@@ -233,7 +251,7 @@ def partition_keys(uri: str) -> dict[str, str | None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return (redact_text(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def plan_inputs(
@@ -299,7 +317,7 @@ def _agree(
     files: Sequence[SourceFile], name: str, role: str, accepts: Callable[[pa.DataType], pa.DataType | None]
 ) -> tuple[ModelColumn | None, list[str]]:
     """The canonical column, or one line a file that does not fit the predictor or the first file."""
-    canonical: dict[pa.DataType, SourceFile] = {}
+    canonical: dict[pa.DataType, list[str]] = {}
     problems = []
     for file in files:
         kind = file.all_columns[name]
@@ -312,12 +330,10 @@ def _agree(
                 f"{file.source_file}: column {name!r} is {kind}, the predictor was fitted on a {role} of another type; cast it"
             )
         else:
-            canonical.setdefault(fits, file)
+            canonical.setdefault(fits, []).append(file.source_file)
     if len(canonical) > 1:
-        first, other = list(canonical.items())[:2]
-        problems.append(
-            f"column {name!r} is {first[0]} in {first[1].source_file} but {other[0]} in {other[1].source_file}; cast one of them"
-        )
+        named = " but ".join(f"{kind} in {', '.join(sources)}" for kind, sources in canonical.items())
+        problems.append(f"column {name!r} is {named}; cast it to one type")
     if problems:
         return None, problems
     fallback = accepts(pa.float64()) or accepts(pa.bool_()) or accepts(pa.string())
@@ -333,9 +349,10 @@ def _text_becomes(role: str, accepts: Callable[[pa.DataType], pa.DataType | None
 def _kept_columns(
     files: Sequence[SourceFile], spec: FeatureSpec, keep: Sequence[str] | None, reserved: Sequence[str]
 ) -> tuple[KeptColumn, ...]:
-    present = {name: kind for file in reversed(files) for name, kind in file.all_columns.items()}
+    present = dict.fromkeys(name for file in files for name in file.all_columns)
     if keep is None:
-        names = [name for name in present if name not in spec.columns and not _holds_bytes(present[name])]
+        with_bytes = {name for file in files for name, kind in file.all_columns.items() if _holds_bytes(kind)}
+        names = [name for name in present if name not in spec.columns and name not in with_bytes]
     else:
         names = list(keep)
         unknown = [name for name in names if name not in present]
@@ -351,7 +368,8 @@ def _kept_columns(
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    return bool(pt.is_binary(kind) or (pt.is_list(kind) and pt.is_binary(kind.value_type)))
+    children = [kind.field(i).type for i in range(kind.num_fields)] if pt.is_nested(kind) else []
+    return bool(pt.is_binary(plain_type(kind))) or any(_holds_bytes(child) for child in children)
 
 
 def _common_type(files: Sequence[SourceFile], name: str) -> pa.DataType:
@@ -359,7 +377,10 @@ def _common_type(files: Sequence[SourceFile], name: str) -> pa.DataType:
     if len(kinds) == 1:
         return kinds.pop()
     if kinds and all(_is_number(kind) and not pt.is_boolean(kind) and not pt.is_decimal(kind) for kind in kinds):
-        return pa.int64() if all(pt.is_integer(kind) for kind in kinds) else pa.float64()
+        if not all(pt.is_integer(kind) for kind in kinds):
+            return pa.float64()
+        if pa.uint64() not in kinds:
+            return pa.int64()
     if kinds:
         logger.warning(
             "input.keep: column %r is %s in different files; it is kept as text", name, sorted(map(str, kinds))

@@ -10,12 +10,14 @@ it. Owns the rows to score, odd ones included; what a scorer should make of them
 import argparse
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo_data import cut_photographs, fit_small, model_settings
+
+if TYPE_CHECKING:
+    from autogluon.multimodal import MultiModalPredictor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_TRAIN_ROWS = 320
@@ -99,7 +104,9 @@ RECIPES: Mapping[str, Recipe] = {
         models=("categorical_mlp", "fusion_mlp", "hf_text", "numerical_mlp"),
     ),
     "text_only": Recipe(kind="multiclass", columns=("description",), models=("hf_text",)),
-    "image_only": Recipe(kind="binary", columns=("photo",), models=("timm_image",)),
+    "image_only": Recipe(
+        kind="binary", columns=("photo",), models=("timm_image",), hyperparameters={"model.timm_image.image_size": 128}
+    ),
     "ft_transformer": Recipe(
         kind="binary",
         columns=(*NUMBERS, *CATEGORIES),
@@ -137,7 +144,7 @@ def build_all(names: Iterable[str], root: Path) -> dict[str, Predictor]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [name for name in names if not (root / name / "done").exists()]
         if missing:
-            run_self(*missing, str(root))
+            run_self(*missing, str(root.absolute()))
     return {name: locate(name, root) for name in names}
 
 
@@ -156,7 +163,7 @@ def reference(predictor_path: Path, rows_path: Path, batch_size: int = 64, defau
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "reference.parquet"
         mode = ["--default-mode"] if default_mode else []
-        paths = [str(path) for path in (predictor_path, rows_path, out)]
+        paths = [str(path.absolute()) for path in (predictor_path, rows_path, out)]
         run_self("--reference", *paths, "--batch-size", str(batch_size), *mode)
         return pq.read_table(out)
 
@@ -173,10 +180,12 @@ def run_self(*arguments: str) -> None:
 def fit(name: str, root: Path) -> None:
     recipe = RECIPES[name]
     folder = root / name
+    shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
     images = make_images(folder / "images", rng)
     train = blank(make_table(NUM_TRAIN_ROWS, images, rng), WITH_NULLS_IN_TRAINING, rng)
-    if "skip" in recipe.hyperparameters.values():
+    if recipe.hyperparameters.get("data.image.missing_value_strategy") == "skip":
+        # Upstream trains on a neighbour instead.
         train = train.dropna(subset="photo")
     rows = make_rows(images, rng)[list(recipe.columns)]
     rows.to_parquet(folder / "rows.parquet", index=False)
@@ -191,6 +200,7 @@ def fit(name: str, root: Path) -> None:
         column_types={**{name: COLUMN_TYPES[name] for name in recipe.columns}, recipe.label: label_type},
         hyperparameters={**settings, **recipe.hyperparameters},
     )
+    shutil.rmtree(folder / "backbones", ignore_errors=True)  # the predictor must load without
     (folder / "done").touch()
 
 
@@ -306,10 +316,6 @@ def main() -> None:
     if arguments.reference:
         write_reference(*arguments.reference, arguments.batch_size, arguments.default_mode)
         return
-    import torch
-
-    # Where other processes share the cores, two threads that wait for each other took eight times as long.
-    torch.set_num_threads(1)
     *names, root = arguments.names_and_root
     for name in names:
         fit(name, Path(root).absolute())
