@@ -119,9 +119,8 @@ def blank(table: pd.DataFrame, columns: Iterable[str], rng: np.random.Generator)
     """Return a copy with NULL_FRACTION of the cells of `columns` null; whole numbers stay whole (Int64)."""
     table = table.copy()
     for name in columns:
-        values = table[name].astype("Int64") if table[name].dtype.kind == "i" else table[name].copy()
-        values[rng.random(len(table)) < NULL_FRACTION] = pd.NA if values.dtype == "Int64" else None
-        table[name] = values
+        values = table[name].astype("Int64") if table[name].dtype.kind == "i" else table[name]
+        table[name] = values.mask(pd.Series(rng.random(len(table)) < NULL_FRACTION, index=table.index))
     return table
 
 

@@ -10,6 +10,7 @@ JSON document with exit code, run id and counts, because `ray job submit` itself
 
 import json
 import logging
+import resource
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ def _finish(work: "Any") -> int:
         summary["exit_code"] = known.exit_code if known else 1
         summary["error"] = redact_text(str(known) if known else f"{type(error).__name__}: {error}".strip())
         logger.error("%s", summary["error"], exc_info=None if known else error)
-    sys.stderr.flush()
+    _stop_ray()
     print(json.dumps(summary), flush=True)
     return int(summary["exit_code"])
 
@@ -92,9 +93,7 @@ def _score(
 
     timings = Timings()
     start = time.perf_counter()
-    with timings.phase("ray_init_s"):
-        _start_ray(ray)
-    plan = prepare(config, timings)
+    plan = prepare(config, timings, start_ray=lambda: _start_ray(ray))
     summary["run_id"] = plan.run.run_id
     if dry_run:
         _print_plan(plan)
@@ -105,7 +104,9 @@ def _score(
     summary |= {"output": redact(plan.run.uri), **outcome.totals, "was_published": outcome.was_published}
     if not outcome.was_published:
         scored = outcome.totals["rows_read"]
-        summary |= {"wall_s": round(wall_s, 1), "timings": dict(outcome.timings)}
+        # Kilobytes on Linux, bytes on macOS.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        summary |= {"wall_s": round(wall_s, 1), "driver_peak_mib": round(peak), "timings": dict(outcome.timings)}
         logger.info(
             "run %s: %d rows in %.1f s, %.0f rows/s with start-up", plan.run.run_id, scored, wall_s, scored / wall_s
         )
@@ -116,6 +117,15 @@ def _start_ray(ray: Any) -> None:
     if not ray.is_initialized():
         # Only for a Ray that is started here: its dashboard takes up to 60 s of two cores to come up, for nobody.
         ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
+
+
+def _stop_ray() -> None:
+    """Leave Ray, so that nothing its workers still say comes after the closing line."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+    sys.stderr.flush()
 
 
 def _print_plan(plan: Any) -> None:

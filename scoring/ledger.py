@@ -226,13 +226,18 @@ class RunFolder:
         write_bytes(join(self.uri, "config.yaml"), config_yaml.encode())
         write_bytes(join(self.uri, "manifest.json"), (json.dumps(manifest, indent=1) + "\n").encode())
         write_bytes(join(self.uri, "_SUCCESS"), b"")
-        self.point_latest()
-        remove_tree(join(self.uri, "_work"))
+        self.finish_publication()
 
-    def point_latest(self) -> None:
-        """Let `latest.json` name this run, in one put."""
+    def finish_publication(self) -> None:
+        """The steps after `_SUCCESS`: let `latest.json` name this run, drop `_work`. Nothing to do once `_work` is gone.
+
+        So a rerun mends a publication that was cut off here, and a rerun of an old run leaves a newer `latest.json` be.
+        """
+        if not exists(join(self.uri, "_work")):
+            return
         latest = {"run_id": self.run_id, "manifest": f"runs/{self.run_id}/manifest.json"}
         replace(join(self.output, "latest.json"), (json.dumps(latest) + "\n").encode())
+        remove_tree(join(self.uri, "_work"))
 
 
 def add_up(shards: Sequence[ShardRows], notes: Mapping[int, int], receipts: Sequence[Receipt]) -> Accounts:

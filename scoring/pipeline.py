@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -110,10 +110,11 @@ class Outcome:
     was_published: bool
 
 
-def prepare(config: ScoreConfig, timings: Timings) -> Plan:
+def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]) -> Plan:
     """Check everything that can be checked before a row is read; writes nothing but the caches.
 
-    Raises ConfigError, PredictorError, InputError.
+    `start_ray` is called where Ray is first needed: bad input and a refused predictor are told before that. Raises
+    ConfigError, PredictorError, InputError.
     """
     with timings.phase("list_inputs_s"):
         listing = list_inputs(config.input)
@@ -123,23 +124,26 @@ def prepare(config: ScoreConfig, timings: Timings) -> Plan:
         folder = fetch_predictor(uri, config.engine.cache, config.predictor.sha256)
         predictor_hash = check_hash(folder, uri, config.predictor.sha256)
         refuse_unsupported(folder)
-        spec = _feature_spec(predictor_hash, config)
+        spec = load_spec(predictor_hash, config.engine.cache)
+    if spec is None:
+        with timings.phase("ray_init_s"):
+            start_ray()
+        with timings.phase("predictor_s"):
+            spec = _extract_spec(predictor_hash, config)
     inputs = plan_inputs(files, spec, config.input, reserved_names(spec))
     mark = fingerprint(config, predictor_hash=predictor_hash, listing=listing, scores_version=SCORES_VERSION)
     run = RunFolder(config.output.path, config.run.id or mark.run_id)
+    with timings.phase("ray_init_s"):
+        start_ray()
     return Plan(config, folder, predictor_hash, spec, inputs, mark, run, size_pools(config, ray.cluster_resources()))
 
 
-def _feature_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
-    """The spec from the cache, or extracted in a process of its own: the driver never imports AutoGluon."""
-    spec = load_spec(predictor_hash, config.engine.cache)
-    if spec is None:
-        logger.info(
-            "predictor %s: extracting its feature spec (imports AutoGluon, about 30 s, once)", predictor_hash[:12]
-        )
-        document = ray.get(_extract_in_task.remote(config.predictor.path, predictor_hash, config.engine.cache))
-        spec = FeatureSpec.from_json(document)
-        store_spec(spec, predictor_hash, config.engine.cache)
+def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
+    """Extract the spec in a process of its own and keep it: the driver never imports AutoGluon."""
+    logger.info("predictor %s: extracting its feature spec (imports AutoGluon, about 30 s, once)", predictor_hash[:12])
+    document = ray.get(_extract_in_task.remote(config.predictor.path, predictor_hash, config.engine.cache))
+    spec = FeatureSpec.from_json(document)
+    store_spec(spec, predictor_hash, config.engine.cache)
     return spec
 
 
@@ -267,7 +271,7 @@ def run(plan: Plan, timings: Timings) -> Outcome:
     check_output(plan.config)
     plan.run.claim(plan.fingerprint.digest, plan.fingerprint.parts, plan.fingerprint.differences)
     if plan.run.is_published:
-        plan.run.point_latest()
+        plan.run.finish_publication()
         manifest = plan.run.read_manifest()
         logger.info("run %s is published already; nothing to do", plan.run.run_id)
         return Outcome(plan.run.run_id, manifest["totals"], manifest["timings"], was_published=True)
@@ -305,6 +309,7 @@ def _accounts(plan: Plan, attempt: AttemptFolder) -> Accounts:
 
 def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     """Run the Ray Data pipeline to its end; returns each stage's busy seconds, summed over its tasks."""
+    logger.info("run %s: attempt %s, %s", plan.run.run_id, attempt.attempt, plan.pools)
     if plan.inputs.has_exact_rows and not plan.inputs.estimated_rows:
         return {}
     config, pools = plan.config, plan.pools

@@ -129,7 +129,7 @@ def _read_csv(shard: Shard, schema: ReadSchema, config: CsvConfig, block_rows: i
     next_row = 0
     with open_csv_text(shard.file.uri) as stream:
         reader = pacsv.open_csv(
-            _as_utf8(stream, config.encoding),
+            pa.PythonFile(_Utf8Text(stream, config.encoding), mode="r"),
             read_options=pacsv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
             parse_options=pacsv.ParseOptions(
                 delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=note_malformed
@@ -159,26 +159,40 @@ def _number_rows(start: int, count: int, malformed: dict[int, str]) -> tuple[npt
     return rows, int(rows[-1]) + 1 if count else start
 
 
-def _as_utf8(stream: io.BufferedIOBase, encoding: str) -> pa.NativeFile:
-    """The text as UTF-8 without a byte order mark, ending with a newline, `_BAD_BYTES` where it is no text.
+class _Utf8Text(io.RawIOBase):
+    """A file's text as UTF-8, ending with a newline, `_BAD_BYTES` where it is no text.
 
     Pyarrow's own transcoding fails the file at one bad byte, and so does a malformed record with one. It also takes a
-    header that ends without a newline for an empty file.
+    header that ends without a newline for an empty file, and loses the newline of a quoted \\r\\n between two reads: no
+    read ends with \\r.
     """
 
-    def mark(error: UnicodeError) -> tuple[str, int]:
-        assert isinstance(error, UnicodeDecodeError)
-        return _BAD_BYTES, error.end
+    def __init__(self, stream: io.BufferedIOBase, encoding: str) -> None:
+        def mark(error: UnicodeError) -> tuple[str, int]:
+            assert isinstance(error, UnicodeDecodeError)
+            return _BAD_BYTES, error.end
 
-    codecs.register_error("scoring_mark", mark)
-    decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(errors="scoring_mark")
-    rest = [b"\n"]
+        codecs.register_error("scoring_mark", mark)
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="scoring_mark")
+        self._pending = b""
+        self._is_at_end = False
 
-    def transcode(data: pa.Buffer) -> bytes:
-        text = decoder.decode(data.to_pybytes(), final=not data.size).encode()
-        return text if data.size else text + (rest.pop() if rest else b"")
+    def readable(self) -> bool:
+        return True
 
-    return pa.TransformInputStream(pa.PythonFile(stream, mode="r"), transcode)
+    def read(self, size: int = -1) -> bytes:
+        assert size > 1, "pyarrow reads blocks"
+        while len(self._pending) < size and not self._is_at_end:
+            data = self._stream.read(size)
+            self._is_at_end = not data
+            self._pending += self._decoder.decode(data, final=self._is_at_end).encode()
+            self._pending += b"\n" if self._is_at_end else b""
+        piece = self._pending[:size]
+        if piece.endswith(b"\r"):
+            piece = piece[:-1]
+        self._pending = self._pending[len(piece) :]
+        return piece
 
 
 def _undecodable(table: pa.Table, encoding: str) -> dict[int, str]:

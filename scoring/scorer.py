@@ -5,6 +5,7 @@ functions. No Ray inside: `pipeline.py` makes it an actor.
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ class Scorer:
     """Loads the predictor in `folder` and scores tables with it, in micro-batches sorted by token count."""
 
     def __init__(self, folder: Path, spec: FeatureSpec, *, actor: str, num_threads: int, batch_rows: int) -> None:
+        start = time.perf_counter()
         self._spec = spec
         self._predictor = load_predictor(folder)
         self._engine: Engine = TorchEngine(self._predictor, spec, num_threads)
         on_cpu = self._engine.decision.device == "cpu"
         self._micro_rows = min(batch_rows, _CPU_ROWS) if on_cpu else batch_rows
         self.meter = Meter(actor, self._engine.decision.provider)
-        logger.info("score actor=%s engine=%s: %s", actor, self._engine.decision.name, self._engine.decision.reason)
+        decision, load_s = self._engine.decision, time.perf_counter() - start
+        logger.info("score actor=%s load_s=%.1f engine=%s: %s", actor, load_s, decision.name, decision.reason)
 
     def score(self, table: pa.Table) -> pa.Table:
         """Replace `feat:*` by the score columns and `engine`; same rows, same order.

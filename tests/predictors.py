@@ -264,8 +264,10 @@ def describe(mood: float, rng: np.random.Generator) -> str:
 def blank(table: pd.DataFrame, columns: Iterable[str], rng: np.random.Generator) -> pd.DataFrame:
     table = table.copy()
     for name in columns:
-        table[name] = table[name].astype(object).where(rng.random(len(table)) > NULL_FRACTION, None)
-    return table.infer_objects()
+        is_blank = pd.Series(rng.random(len(table)) < NULL_FRACTION, index=table.index)
+        values = table[name].astype(object) if table[name].dtype == bool else table[name]
+        table[name] = values.mask(is_blank)
+    return table
 
 
 def make_rows(images: list[Path], rng: np.random.Generator) -> pd.DataFrame:
@@ -299,11 +301,11 @@ def write_reference(predictor_path: Path, rows_path: Path, out: Path, batch_size
 
 
 def score_chunk(predictor: "MultiModalPredictor", chunk: pd.DataFrame, realtime: bool) -> pd.DataFrame:
-    prediction = predictor.predict(chunk, realtime=realtime)
+    prediction: pd.Series = predictor.predict(chunk, realtime=realtime)
     if predictor.problem_type == "regression":
         return pd.DataFrame({"prediction": prediction.astype(np.float32)})
-    proba = predictor.predict_proba(chunk, as_multiclass=True, realtime=realtime).astype(np.float32)
-    return proba.add_prefix("proba_").assign(prediction=prediction)
+    proba: pd.DataFrame = predictor.predict_proba(chunk, as_multiclass=True, realtime=realtime)
+    return proba.astype(np.float32).add_prefix("proba_").assign(prediction=prediction)
 
 
 def main() -> None:
@@ -314,7 +316,8 @@ def main() -> None:
     parser.add_argument("--default-mode", action="store_true")
     arguments = parser.parse_args()
     if arguments.reference:
-        write_reference(*arguments.reference, arguments.batch_size, arguments.default_mode)
+        predictor_path, rows_path, out = arguments.reference
+        write_reference(predictor_path, rows_path, out, arguments.batch_size, arguments.default_mode)
         return
     *names, root = arguments.names_and_root
     for name in names:

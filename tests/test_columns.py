@@ -158,7 +158,14 @@ def test_string_categories_keep_their_spelling() -> None:
     cells = pa.array(["1", "1.0", " a", "", "None", None])
     assert cast(cells, "category", pa.string(), as_text=True) == ["1", "1.0", " a", None, None, None]
     assert cast(cells, "category", pa.string()) == ["1", "1.0", " a", "", "None", None]
-    assert cast(cells, "category", pa.string(), as_text=True, null_values=("",)) == ["1", "1.0", " a", None, "None", None]
+    assert cast(cells, "category", pa.string(), as_text=True, null_values=("",)) == [
+        "1",
+        "1.0",
+        " a",
+        None,
+        "None",
+        None,
+    ]
     assert cast(cells.dictionary_encode(), "category", pa.string())[:2] == ["1", "1.0"]
 
 

@@ -1,0 +1,171 @@
+"""Shared by all tests: one Ray for the session, one zoo of predictors, and the job as a user starts it.
+
+The zoo is kept in pytest's cache, named after the code that makes it: the first session of a checkout fits it (a few
+minutes), later ones do not.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests import predictors
+from tests.predictors import Predictor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `jobs.score` process as it ended: its exit code, the closing JSON document and the whole log."""
+
+    code: int
+    summary: Mapping[str, Any]
+    log: str
+
+    @property
+    def error(self) -> str:
+        return str(self.summary.get("error", ""))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a run published, read back from the files alone."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    scores: pa.Table
+    quarantine: pa.Table
+
+    def identities(self) -> list[tuple[str, int]]:
+        """Every (source_file, source_row) of scores and quarantine, sorted, repeats kept."""
+        pairs: list[tuple[str, int]] = []
+        for table in (self.scores, self.quarantine):
+            if table.num_rows:
+                pairs += zip(table["source_file"].to_pylist(), table["source_row"].to_pylist(), strict=True)
+        return sorted(pairs)
+
+
+def read_published(output: Path) -> Published:
+    latest = json.loads((output / "latest.json").read_text())
+    manifest = json.loads((output / latest["manifest"]).read_text())
+    folder = output / "runs" / latest["run_id"]
+    assert (folder / "_SUCCESS").exists()
+    assert not (folder / "_work").exists()
+    tables = {
+        kind: [file for file in manifest["files"] if file["path"].startswith(kind)] for kind in ("scores", "quarantine")
+    }
+    on_disk = {str(path.relative_to(folder)) for kind in tables for path in (folder / kind).glob("*")}
+    assert on_disk == {file["path"] for file in manifest["files"]}
+    scores, quarantine = (
+        pa.concat_tables([pq.read_table(folder / file["path"], partitioning=None) for file in files])
+        if files
+        else pa.table({})
+        for files in tables.values()
+    )
+    return Published(folder, manifest, scores, quarantine)
+
+
+def source_hash(*names: str) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update((REPOSITORY / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def zoo_root(pytestconfig: pytest.Config) -> Path:
+    """Where the zoo's predictors are and the feature specs extracted from them."""
+    cache = pytestconfig.cache
+    assert cache is not None
+    return cache.mkdir(f"zoo-{source_hash('tests/predictors.py', 'jobs/demo_data.py')}")
+
+
+@pytest.fixture(scope="session")
+def zoo(zoo_root: Path) -> Mapping[str, Predictor]:
+    """Every predictor of the zoo, fitted in one process."""
+    return predictors.build_all(predictors.NAMES, zoo_root)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """One Ray head for the session, with four CPUs whatever the machine has: room for three scoring actors."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = [
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        f"--port={port}",
+    ]
+    head = subprocess.Popen(
+        [str(Path(sys.executable).parent / "ray"), "start", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_WAIT_POLICY": "PASSIVE"},
+        cwd=REPOSITORY,
+    )
+    _wait_for_port(port, head)
+    yield f"127.0.0.1:{port}"
+    head.terminate()
+    head.wait(timeout=60)
+
+
+def _wait_for_port(port: int, head: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "ray start ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise TimeoutError("ray start did not open its port in 120 s")
+
+
+class ScoreCommand:
+    """Runs `python -m jobs.score`, with this session's Ray and its cache of feature specs."""
+
+    def __init__(self, address: str | None, cache: Path) -> None:
+        self._address = address
+        self._cache = cache
+
+    def __call__(self, *arguments: object, cwd: Path = REPOSITORY, timeout_s: float = 400) -> Run:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE"}
+        if self._address:
+            environment["RAY_ADDRESS"] = self._address
+        command = [sys.executable, "-m", "jobs.score", *map(str, arguments)]
+        if not any(str(argument).startswith("engine.cache") for argument in arguments):
+            command += ["--set", f"engine.cache={self._cache}"]
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        lines = done.stdout.strip().splitlines()
+        summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+        return Run(done.returncode, summary, done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="session")
+def score(ray_address: str, zoo_root: Path) -> ScoreCommand:
+    """The main job on this session's Ray."""
+    return ScoreCommand(ray_address, zoo_root / "cache")
+
+
+@pytest.fixture(scope="session")
+def score_without_ray(zoo_root: Path) -> ScoreCommand:
+    """The main job for commands that end before Ray starts."""
+    return ScoreCommand(None, zoo_root / "cache")
