@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 
 from scoring.columns import MODEL_PREFIX, mark_rows
 from scoring.errors import Reason, Stage
-from scoring.images import BadImageError, ImageFetcher, prepare_image, split_references
+from scoring.images import BadImageError, ImageFetcher, Reference, prepare_image, split_references
 from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn, TextModel
+from scoring.storage import redact
 
 FEATURE_PREFIX = "feat:"
 NUMERICAL = FEATURE_PREFIX + "numerical"
@@ -30,6 +31,10 @@ CATEGORICAL = FEATURE_PREFIX + "categorical"
 Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+Fetched = tuple[Reference, bytes | BadImageError | None]
+"""What a cell named and what was found there: encoded bytes, why not, or None for a missing image."""
+
+_SHOWN_CHARS = 300
 
 
 class FeatureBuilder:
@@ -88,9 +93,13 @@ class FeatureBuilder:
         references = [
             split_references(table[MODEL_PREFIX + column.name], column, max_images) for column in self._spec.image
         ]
-        fetched = self._fetcher.fetch_all([[column[row] for column in references] for row in np.flatnonzero(usable)])
-        contents = dict(zip(np.flatnonzero(usable).tolist(), fetched, strict=True))
-        rows = [self._row_images(contents.get(row)) for row in range(table.num_rows)]
+        wanted = [[column[row] for column in references] for row in np.flatnonzero(usable)]
+        fetched = [
+            [list(zip(*column, strict=True)) for column in zip(names, contents, strict=True)]
+            for names, contents in zip(wanted, self._fetcher.fetch_all(wanted), strict=True)
+        ]
+        images = dict(zip(np.flatnonzero(usable).tolist(), fetched, strict=True))
+        rows = [self._row_images(images.get(row)) for row in range(table.num_rows)]
         bad = {row: images for row, images in enumerate(rows) if isinstance(images, BadImageError)}
         arrays: dict[str, pa.Array] = {}
         for position, model in enumerate(self._spec.image_models):
@@ -99,9 +108,7 @@ class FeatureBuilder:
             arrays |= _pixel_columns(model, per_row)
         return arrays, bad
 
-    def _row_images(
-        self, columns: list[list[bytes | BadImageError | None]] | None
-    ) -> list[tuple[list[bytes], int]] | BadImageError:
+    def _row_images(self, columns: list[list[Fetched]] | None) -> list[tuple[list[bytes], int]] | BadImageError:
         """One row's (pixels of its valid images, number of blank ones) a model, or the first thing wrong with it."""
         if columns is None:
             return [([], 0) for _ in self._spec.image_models]
@@ -110,21 +117,19 @@ class FeatureBuilder:
         except BadImageError as error:
             return error
 
-    def _model_images(
-        self, model: ImageModel, columns: list[list[bytes | BadImageError | None]]
-    ) -> tuple[list[bytes], int]:
+    def _model_images(self, model: ImageModel, columns: list[list[Fetched]]) -> tuple[list[bytes], int]:
         valid: list[bytes] = []
         num_blank = 0
         for images in columns:
-            for content in images[: model.max_images]:
-                pixels = self._pixels(model, content)
+            for reference, content in images[: model.max_images]:
+                pixels = self._pixels(model, reference, content)
                 if pixels is None:
                     num_blank += 1
                 else:
                     valid.append(pixels)
         return valid, num_blank
 
-    def _pixels(self, model: ImageModel, content: bytes | BadImageError | None) -> bytes | None:
+    def _pixels(self, model: ImageModel, reference: Reference, content: bytes | BadImageError | None) -> bytes | None:
         """One image's bytes after the transforms; None is a blank image (a null under the predictor's `zero` rule)."""
         if content is None:
             if self._spec.skip_missing:
@@ -136,10 +141,12 @@ class FeatureBuilder:
             if isinstance(content, BadImageError):
                 raise content
             return prepare_image(content, model, max_pixels=self._fetcher.max_pixels)
-        except BadImageError:
+        except BadImageError as error:
             if self._blank_bad_images:
                 return None
-            raise
+            if content is error or not isinstance(reference, str):
+                raise
+            raise BadImageError(error.reason, f"{redact(reference)[:_SHOWN_CHARS]}: {error}") from error
 
 
 def feature_name(prefix: str, key: str) -> str:

@@ -195,8 +195,10 @@ def decode_image(content: bytes, *, max_pixels: int) -> "Image":
     except BadImageError:
         raise
     except Exception as error:  # Pillow's plugins raise anything on bad bytes (SyntaxError, struct.error, ...)
+        # Pillow names the stream by its address, another one in every run.
+        reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
         raise BadImageError(
-            Reason.IMAGE_UNDECODABLE, f"{len(content)} bytes that Pillow cannot decode: {type(error).__name__}: {error}"
+            Reason.IMAGE_UNDECODABLE, f"{len(content)} bytes that Pillow cannot decode: {reason}"
         ) from error
 
 

@@ -258,8 +258,12 @@ class ScoringActor:
 
 
 def _set_up_worker() -> None:
-    """Ray leaves a worker's root logger silent; the tokenizer's threads would fight the other workers."""
+    """Give a worker its log (Ray leaves the root logger silent) and keep threads from fighting over cores.
+
+    OpenMP threads that spin while they wait made a fit on two busy cores seven times slower (289 s against 41 s).
+    """
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -145,11 +145,23 @@ def refuse_unsupported(folder: Path) -> None:
         raise PredictorError(
             f"predictor {folder}: data.templates.turn_on draws a random template a row; train without it"
         )
+    for name in names:
+        _refuse_lost_backbone(folder, name, config["model"].get(name) or {})
     chunked = sorted(name for name in names if (config["model"].get(name) or {}).get("stochastic_chunk"))
     if chunked:
         raise PredictorError(
             f"predictor {folder}: model.{chunked[0]}.stochastic_chunk draws a random piece of each text, so that no two "
             "predictions agree; train without it"
+        )
+
+
+def _refuse_lost_backbone(folder: Path, name: str, model: dict[str, Any]) -> None:
+    """fit() does not copy a timm model's local checkpoint folder; load() then looks for it at its old place."""
+    checkpoint = str(model.get("checkpoint_name") or "")
+    if name.startswith("timm_image") and checkpoint.startswith("/") and not Path(checkpoint).exists():
+        raise PredictorError(
+            f"predictor {folder}: model.{name}.checkpoint_name is the folder {checkpoint}, which is not on this machine; "
+            f"put it there, or write the architecture's name into model.{name}.checkpoint_name of config.yaml"
         )
 
 

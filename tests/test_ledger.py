@@ -390,6 +390,8 @@ MANIFEST = {"version": 1, "run_id": "r1", "fingerprint": {"digest": "d1", "parts
 
 
 def publish(run: RunFolder, run_id: str = "r1") -> None:
+    """Publish as a run does: claimed before, so that there is a `_work`."""
+    write_bytes(join(run.uri, "_work", "fingerprint.json"), json.dumps(MANIFEST["fingerprint"]).encode())
     run.publish({**MANIFEST, "run_id": run_id}, "input: {}\n")
 
 
@@ -491,10 +493,11 @@ def test_a_rerun_of_an_older_run_leaves_latest_and_mends_a_publication_cut_off_b
     RunFolder(output, "r1").finish_publication()
     assert json.loads(read_bytes(latest))["run_id"] == "r2"
     # `_work` is dropped after `latest.json`: while it is there, the pointer may not have been written.
-    write_bytes(join(RunFolder(output, "r1").uri, "_work", "fingerprint.json"), b"{}")
-    RunFolder(output, "r1").finish_publication()
+    run = RunFolder(output, "r1")
+    write_bytes(join(run.uri, "_work", "fingerprint.json"), b"{}")
+    run.finish_publication()
     assert json.loads(read_bytes(latest))["run_id"] == "r1"
-    assert not exists(join(RunFolder(output, "r1").uri, "_work"))
+    assert not exists(join(run.uri, "_work"))
 
 
 def test_stray_files_beside_the_attempts_are_no_attempts(output: str) -> None:

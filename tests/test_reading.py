@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import uuid
+import zlib
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -419,10 +420,12 @@ def test_compressed_files_in_many_pieces(tmp_path: Path, block_bytes: int) -> No
 
 @pytest.mark.parametrize("damage", ["cut", "bent", "checksum"])
 def test_damage_beyond_the_sample_names_the_file(tmp_path: Path, damage: str) -> None:
-    packed = gzip.compress(b"x,t\n" + b"".join(b"1,%s\n" % os.urandom(20).hex().encode() for _ in range(40_000)))
+    text = b"x,t\n" + b"".join(b"1,%s\n" % os.urandom(20).hex().encode() for _ in range(40_000))
+    packed = gzip.compress(text)
+    packer = zlib.compressobj(wbits=31)
     damaged = {
         "cut": packed[: len(packed) * 3 // 4],
-        "bent": packed[: len(packed) // 2] + bytes(1000) + packed[len(packed) // 2 + 1000 :],
+        "bent": packer.compress(text) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 1000,  # a block of no type
         "checksum": packed[:-8] + bytes(8),
     }
     path = tmp_path / "a.csv.gz"
