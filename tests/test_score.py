@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import predictors
-from tests.conftest import Published, ScoreCommand, read_published
+from tests.conftest import ScoreCommand
 from tests.predictors import Predictor
+from tests.published import Published, read_published
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -64,7 +65,7 @@ def tabular_reference(
 ) -> pd.DataFrame:
     path = tmp_path_factory.mktemp("reference") / "rows.parquet"
     pq.write_table(tabular_rows, path)
-    reference = predictors.reference(zoo["ft_transformer"].path, path).to_pandas()
+    reference: pd.DataFrame = predictors.reference(zoo["ft_transformer"].path, path).to_pandas()
     return reference.assign(row_id=tabular_rows["row_id"].to_pylist()).set_index("row_id")
 
 

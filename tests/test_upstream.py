@@ -60,4 +60,4 @@ def test_zoo_rows_hold_what_the_comparison_claims(zoo: Mapping[str, Predictor]) 
     assert not set(rows["breed"].dropna()) <= {f"breed-{i:02d}" for i in range(12)}, "unseen categories"
     assert Path(rows["photo"].dropna().iloc[0]).exists()
     assert len(rows) >= 300
-    assert predictors.NUM_ROWS == len(rows)
+    assert len(rows) == predictors.NUM_ROWS

@@ -118,7 +118,8 @@ def reference(predictor: Any, frame: pd.DataFrame) -> pd.DataFrame:
         else:
             proba = predictor.predict_proba(chunk, realtime=True, as_multiclass=True).add_prefix("proba_")
             pieces.append(pd.concat([proba, prediction], axis=1))
-    return pd.concat(pieces, ignore_index=True)
+    table: pd.DataFrame = pd.concat(pieces, ignore_index=True)
+    return table
 
 
 def compare_features(predictor: Any, spec: FeatureSpec, table: pa.Table, frame: pd.DataFrame) -> dict[str, float]:
