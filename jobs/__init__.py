@@ -7,3 +7,5 @@ import os
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Twelve lines of progress every 10 s drown our own; a log (no terminal) gets them once a minute.
 os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", "60")
+# Ray folds lines that differ in digits alone into one ("repeated 2x across cluster"): every actor's throughput but one.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -129,8 +129,9 @@ def _stop_ray() -> None:
 
 
 def _print_plan(plan: Any) -> None:
-    console = Console(width=120, soft_wrap=True)
     inputs, pools = plan.inputs, plan.pools
+    # Wide enough for every path: a path that is cut or folded cannot be copied from a log.
+    console = Console(width=60 + max(len(redact(plan.run.uri)), *(len(file.source_file) for file in inputs.files), 60))
     rows = f"{inputs.estimated_rows:,}" + (
         "" if inputs.has_exact_rows else " (estimated: CSV rows are known once read)"
     )

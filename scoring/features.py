@@ -10,6 +10,7 @@ and int32), and a model prefix's `feat:<prefix>:token_ids`, `:segment_ids` (int3
 after another, height x width x RGB), `:valid_num`, `:zero_num` (int32).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from scoring.errors import Reason, Stage
 from scoring.images import BadImageError, ImageFetcher, Reference, prepare_image, split_references
 from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn, TextModel
 from scoring.storage import redact
+
+logger = logging.getLogger(__name__)
 
 FEATURE_PREFIX = "feat:"
 NUMERICAL = FEATURE_PREFIX + "numerical"
@@ -45,6 +48,7 @@ class FeatureBuilder:
         self._fetcher = fetcher
         self._blank_bad_images = blank_bad_images
         self._tokenizers = [TokenSequences(model) for model in spec.text_models]
+        self._blanked: list[str] = []
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the `model:*` columns by `feat:*`; rows, their order and their identity stay.
@@ -101,6 +105,11 @@ class FeatureBuilder:
         images = dict(zip(np.flatnonzero(usable).tolist(), fetched, strict=True))
         rows = [self._row_images(images.get(row)) for row in range(table.num_rows)]
         bad = {row: images for row, images in enumerate(rows) if isinstance(images, BadImageError)}
+        if self._blanked:
+            logger.warning(
+                "images.on_error=blank: %d images scored as black, first: %s", len(self._blanked), self._blanked[0]
+            )
+            self._blanked.clear()
         arrays: dict[str, pa.Array] = {}
         for position, model in enumerate(self._spec.image_models):
             empty: tuple[list[bytes], int] = ([], 0)
@@ -143,6 +152,9 @@ class FeatureBuilder:
             return prepare_image(content, model, max_pixels=self._fetcher.max_pixels)
         except BadImageError as error:
             if self._blank_bad_images:
+                self._blanked.append(
+                    f"{redact(reference)[:_SHOWN_CHARS]}: {error}" if isinstance(reference, str) else str(error)
+                )
                 return None
             if content is error or not isinstance(reference, str):
                 raise

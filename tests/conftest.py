@@ -50,7 +50,7 @@ def zoo_root(pytestconfig: pytest.Config) -> Path:
     """Where the zoo's predictors are and the feature specs extracted from them."""
     cache = pytestconfig.cache
     assert cache is not None
-    return cache.mkdir(f"zoo-{source_hash('tests/predictors.py', 'jobs/demo_data.py')}")
+    return cache.mkdir(f"zoo-{source_hash('tests/predictors.py', 'jobs/demo_data.py', 'scoring/spec.py')}")
 
 
 @pytest.fixture(scope="session")
@@ -122,10 +122,10 @@ class ScoreCommand:
 @pytest.fixture(scope="session")
 def score(ray_address: str, zoo_root: Path) -> ScoreCommand:
     """The main job on this session's Ray."""
-    return ScoreCommand(ray_address, zoo_root / "cache")
+    return ScoreCommand(ray_address, zoo_root / predictors.CACHE)
 
 
 @pytest.fixture(scope="session")
 def score_without_ray(zoo_root: Path) -> ScoreCommand:
     """The main job for commands that end before Ray starts."""
-    return ScoreCommand(None, zoo_root / "cache")
+    return ScoreCommand(None, zoo_root / predictors.CACHE)

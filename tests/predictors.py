@@ -26,11 +26,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo_data import cut_photographs, fit_small, model_settings
+from scoring.predictor import extract_spec, hash_predictor, load_predictor, store_spec
 
 if TYPE_CHECKING:
     from autogluon.multimodal import MultiModalPredictor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CACHE = "cache"
+"""The zoo's `engine.cache`: feature specs by predictor hash."""
 NUM_TRAIN_ROWS = 320
 NUM_ROWS = 320
 NUM_IMAGES = 40
@@ -201,7 +204,14 @@ def fit(name: str, root: Path) -> None:
         hyperparameters={**settings, **recipe.hyperparameters},
     )
     shutil.rmtree(folder / "backbones", ignore_errors=True)  # the predictor must load without
+    keep_spec(folder / "predictor", root / CACHE)
     (folder / "done").touch()
+
+
+def keep_spec(predictor: Path, cache: Path) -> None:
+    """Extract the feature spec here, where AutoGluon is imported already: each run of a test would pay 45 s for it."""
+    spec = extract_spec(load_predictor(predictor))
+    store_spec(spec, hash_predictor(predictor), str(cache))
 
 
 def make_images(folder: Path, rng: np.random.Generator) -> list[Path]:
