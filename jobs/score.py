@@ -26,6 +26,8 @@ from scoring.storage import redact, redact_text
 
 logger = logging.getLogger("jobs.score")
 
+_LOG_DRAIN_S = 2.0
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -57,7 +59,7 @@ def _finish(work: "Any") -> int:
     summary: dict[str, Any] = {"exit_code": 0, "run_id": None}
     try:
         work(summary)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM, a scheduler's way to stop us, into SystemExit
         summary["exit_code"] = IncompleteError.exit_code
         summary["error"] = "interrupted; rerun the same command"
         logger.error("%s", summary["error"])
@@ -124,6 +126,9 @@ def _stop_ray() -> None:
     if "ray" in sys.modules:
         import ray
 
+        if ray.is_initialized():
+            # The workers' last lines arrive with a delay; what is not here by now stays in Ray's own log folder.
+            time.sleep(_LOG_DRAIN_S)
         ray.shutdown()
     sys.stderr.flush()
 

@@ -7,9 +7,11 @@ minutes), later ones do not.
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,20 +61,24 @@ def zoo(zoo_root: Path) -> Mapping[str, Predictor]:
     return predictors.build_all(predictors.NAMES, zoo_root)
 
 
+@dataclass(frozen=True)
+class RayHead:
+    """The session's Ray: its address and where its workers' logs are."""
+
+    address: str
+    logs: Path
+
+
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
+def ray_head() -> Iterator[RayHead]:
     """One Ray head for the session, with four CPUs whatever the machine has: room for three scoring actors."""
+    # Not under pytest's folder: a Unix socket's path has 107 characters at most.
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = [
-        "--head",
-        "--block",
-        "--num-cpus=4",
-        "--include-dashboard=false",
-        "--disable-usage-stats",
-        f"--port={port}",
-    ]
+    options = ["--head", "--block", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
+    options += [f"--port={port}", f"--temp-dir={folder}"]
     head = subprocess.Popen(
         [str(Path(sys.executable).parent / "ray"), "start", *options],
         stdout=subprocess.DEVNULL,
@@ -81,9 +87,10 @@ def ray_address() -> Iterator[str]:
         cwd=REPOSITORY,
     )
     _wait_for_port(port, head)
-    yield f"127.0.0.1:{port}"
+    yield RayHead(f"127.0.0.1:{port}", folder / "session_latest" / "logs")
     head.terminate()
     head.wait(timeout=60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for_port(port: int, head: "subprocess.Popen[bytes]") -> None:
@@ -120,9 +127,9 @@ class ScoreCommand:
 
 
 @pytest.fixture(scope="session")
-def score(ray_address: str, zoo_root: Path) -> ScoreCommand:
+def score(ray_head: RayHead, zoo_root: Path) -> ScoreCommand:
     """The main job on this session's Ray."""
-    return ScoreCommand(ray_address, zoo_root / predictors.CACHE)
+    return ScoreCommand(ray_head.address, zoo_root / predictors.CACHE)
 
 
 @pytest.fixture(scope="session")

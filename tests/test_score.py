@@ -5,6 +5,7 @@ the scores written against AutoGluon's own.
 """
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import predictors
-from tests.conftest import ScoreCommand
+from tests.conftest import RayHead, ScoreCommand
 from tests.predictors import Predictor
 from tests.published import Published, read_published
 
@@ -34,6 +35,20 @@ def write_layout(rows: pa.Table, folder: Path) -> dict[str, int]:
     rest = rows.slice(220, 80).to_pandas().astype(object)
     rest.where(rest.notna(), "").to_csv(csv, index=False)
     return {str(hive[0]): 130, str(hive[1]): 90, str(csv): 80}
+
+
+def count_final_lines(head: RayHead) -> int:
+    """Actors that said goodbye, from the workers' own logs: what the driver forwards may be cut off at its end."""
+    return sum(path.read_text(errors="replace").count("final=true") for path in head.logs.glob("worker-*.err"))
+
+
+def wait_for_final_lines(head: RayHead) -> int:
+    """The count once it stands still: actors end after the driver has published."""
+    counted = -1
+    while (count := count_final_lines(head)) != counted:
+        counted = count
+        time.sleep(5)
+    return counted
 
 
 def expected_identities(files: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -72,6 +87,7 @@ def tabular_reference(
 @pytest.mark.parametrize("actors", [1, 3])
 def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference(
     actors: int,
+    ray_head: RayHead,
     score: ScoreCommand,
     zoo: Mapping[str, Predictor],
     tabular_rows: pa.Table,
@@ -83,13 +99,15 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
     arguments: list[Any] = ["--input", tmp_path / "data", "--predictor", zoo["ft_transformer"].path, "--output", output]
     # The zoo has a category that is called NA: in CSV it is a missing value unless told otherwise.
     settings = ["--set", f"resources.actors={actors}", "--set", "batch.rows=32", "--set", 'input.csv.null_values=[""]']
+    final_lines = count_final_lines(ray_head)
     if actors == 1:
         settings += ["--set", f"engine.cache={tmp_path / 'cache'}"]  # empty: the run extracts the feature spec itself
     run = score(*arguments, *settings)
     assert run.code == 0, run.log
     published = read_published(output)
     assert_accounts(published, files)
-    assert run.log.count("final=true") == actors, "every actor logs its throughput at the end"
+    assert wait_for_final_lines(ray_head) - final_lines == actors, "every actor logs its throughput at the end"
+    assert "provider=torch rows=" in run.log, "and it reaches the driver's log"
     scores = published.scores.to_pandas().set_index("row_id")
     assert set(scores["region"].dropna()) == {"north", "s/outh"}
     for name in ("proba_0", "proba_1"):
@@ -138,7 +156,8 @@ def test_zero_scores_a_black_image_and_default_mode_the_neighbour_where_ours_qua
         # A rerun with another limit publishes what was scored: no actor starts.
         published_run = score(*arguments, "--set", "quarantine.max_fraction=0.1")
         assert published_run.code == 0, published_run.log
-        assert "final=true" not in published_run.log
+        assert "every row was scored by attempt" in published_run.log
+        assert "load_s=" not in published_run.log
         published = read_published(output)
         assert_accounts(published, {str(bad_photos): 40})
         bad = {row["source_row"]: row for row in published.quarantine.to_pylist()}

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from scoring.config import InputConfig, load_config
+from scoring.config import ImagesConfig, InputConfig
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.reading import read_shard
@@ -54,19 +54,19 @@ def compare(pairs: Sequence[tuple[Path, Path]]) -> list[Comparison]:
         return [Comparison(**item) for item in json.loads(out.read_text())]
 
 
-def build_features(spec: FeatureSpec, rows: Path) -> pa.Table:
-    """The rows of a parquet file as a feature worker leaves them."""
-    config = load_config(
-        file=None,
-        flags={"input.paths": [str(rows)], "predictor.path": "/p", "output.path": "/o"},
-        overrides=[],
-        cwd=rows.parent,
-    )
+def build_blocks(spec: FeatureSpec, rows: Path) -> pa.Table:
+    """The rows of a parquet file as a read task leaves them."""
     inputs = InputConfig(paths=(str(rows),))
     plan = plan_inputs(inspect_files(list_inputs(inputs), inputs), spec, inputs, ())
-    blocks = [block for shard in plan.shards for block in read_shard(shard, plan.schema, inputs.csv, 256)]
-    builder = FeatureBuilder(spec, ImageFetcher(config.images))
-    return pa.concat_tables([builder(block) for block in blocks])
+    return pa.concat_tables(
+        [block for shard in plan.shards for block in read_shard(shard, plan.schema, inputs.csv, block_rows=256)]
+    )
+
+
+def build_features(spec: FeatureSpec, rows: Path) -> pa.Table:
+    """The rows of a parquet file as a feature worker leaves them; image paths are absolute."""
+    builder = FeatureBuilder(spec, ImageFetcher(ImagesConfig(base=str(rows.parent))))
+    return builder(build_blocks(spec, rows))
 
 
 def compare_one(predictor_path: Path, rows: Path) -> Comparison:
