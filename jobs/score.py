@@ -10,7 +10,9 @@ JSON document with exit code, run id and counts, because `ray job submit` itself
 
 import json
 import logging
+import os
 import resource
+import socket
 import sys
 import time
 from pathlib import Path
@@ -116,9 +118,28 @@ def _score(
 
 def _start_ray(ray: Any) -> None:
     """Join the cluster of RAY_ADDRESS or of this machine, else start one here."""
-    if not ray.is_initialized():
-        # Only for a Ray that is started here: its dashboard takes up to 60 s of two cores to come up, for nobody.
-        ray.init(logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
+    if ray.is_initialized():
+        return
+    address = "local" if _is_cluster_gone() else None
+    # Only for a Ray that is started here: its dashboard takes up to 60 s of two cores to come up, for nobody.
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
+
+
+def _is_cluster_gone() -> bool:
+    """Whether this machine's note of a running cluster is stale: a head that was killed leaves it, and Ray waits for it.
+
+    Seen with Ray 2.58.1: `ray.init()` tried the dead address for more than 8 minutes.
+    """
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if "RAY_ADDRESS" in os.environ or not note.is_file():
+        return False
+    host, _, port = note.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        logger.warning("%s names a Ray at %s:%s that does not answer; starting one here", note, host, port)
+        return True
+    return False
 
 
 def _stop_ray() -> None:

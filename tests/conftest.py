@@ -91,6 +91,10 @@ def ray_head() -> Iterator[RayHead]:
     head.terminate()
     head.wait(timeout=60)
     shutil.rmtree(folder, ignore_errors=True)
+    # A head that is terminated leaves its address here, and the next ray.init() of anybody waits for it in vain.
+    note = Path("/tmp/ray/ray_current_cluster")
+    if note.is_file() and note.read_text().strip().endswith(f":{port}"):
+        note.unlink()
 
 
 def _wait_for_port(port: int, head: "subprocess.Popen[bytes]") -> None:
