@@ -244,7 +244,8 @@ class ScoringActor:
     def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, num_threads: int) -> None:
         _set_up_worker()
         folder = fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash)
-        actor = ray.get_runtime_context().get_actor_id()[-8:]
+        # The last 8 of an actor's 32 digits are its job's: the same for every actor of a run.
+        actor = ray.get_runtime_context().get_actor_id()[:12]
         spec = FeatureSpec.from_json(spec_json)
         self._scorer = Scorer(folder, spec, actor=actor, num_threads=num_threads, batch_rows=config.batch.rows)
 

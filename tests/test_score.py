@@ -5,8 +5,10 @@ the scores written against AutoGluon's own.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +39,37 @@ def write_layout(rows: pa.Table, folder: Path) -> dict[str, int]:
     return {str(hive[0]): 130, str(hive[1]): 90, str(csv): 80}
 
 
-def count_final_lines(head: RayHead) -> int:
-    """Actors that said goodbye, from the workers' own logs: what the driver forwards may be cut off at its end."""
-    return sum(path.read_text(errors="replace").count("final=true") for path in head.logs.glob("worker-*.err"))
+@dataclass(frozen=True)
+class ActorLines:
+    """What a run's scoring actors said, from the workers' own logs: the driver's copy may be cut off at its end."""
+
+    loaded: frozenset[str]
+    final_rows: Mapping[str, int]
+
+    @staticmethod
+    def read(head: RayHead) -> "ActorLines":
+        text = "".join(path.read_text(errors="replace") for path in head.logs.glob("worker-*.err"))
+        final = re.findall(r"score actor=(\w+) provider=\S+ rows=(\d+) .*final=true", text)
+        assert len({actor for actor, _ in final}) == len(final), "an actor says goodbye once"
+        return ActorLines(
+            frozenset(re.findall(r"score actor=(\w+) load_s=", text)), {actor: int(rows) for actor, rows in final}
+        )
+
+    def since(self, earlier: "ActorLines") -> "ActorLines":
+        final = {actor: rows for actor, rows in self.final_rows.items() if actor not in earlier.final_rows}
+        return ActorLines(self.loaded - earlier.loaded, final)
 
 
-def wait_for_final_lines(head: RayHead) -> int:
-    """The count once it stands still: actors end after the driver has published."""
-    counted = -1
-    while (count := count_final_lines(head)) != counted:
-        counted = count
+def wait_for_goodbyes(head: RayHead, earlier: ActorLines, rows: int) -> ActorLines:
+    """The actors' lines once they stand still: actors end after the driver has published."""
+    deadline = time.monotonic() + 120
+    while True:
+        lines = ActorLines.read(head).since(earlier)
         time.sleep(5)
-    return counted
+        if ActorLines.read(head).since(earlier) == lines and sum(lines.final_rows.values()) == rows:
+            return lines
+        if time.monotonic() > deadline:
+            return lines
 
 
 def expected_identities(files: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -99,15 +120,18 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
     arguments: list[Any] = ["--input", tmp_path / "data", "--predictor", zoo["ft_transformer"].path, "--output", output]
     # The zoo has a category that is called NA: in CSV it is a missing value unless told otherwise.
     settings = ["--set", f"resources.actors={actors}", "--set", "batch.rows=32", "--set", 'input.csv.null_values=[""]']
-    final_lines = count_final_lines(ray_head)
+    before = ActorLines.read(ray_head)
     if actors == 1:
         settings += ["--set", f"engine.cache={tmp_path / 'cache'}"]  # empty: the run extracts the feature spec itself
     run = score(*arguments, *settings)
     assert run.code == 0, run.log
     published = read_published(output)
     assert_accounts(published, files)
-    # An actor that was still importing AutoGluon when the last row was scored ends without having loaded: no line.
-    assert 1 <= wait_for_final_lines(ray_head) - final_lines <= actors, "actors log their throughput at the end"
+    lines = wait_for_goodbyes(ray_head, before, rows=300)
+    assert sum(lines.final_rows.values()) == 300, f"the actors' last lines count every row: {lines}"
+    # Ray kills an actor that was not ready when the last row was scored: it may have loaded, and scored nothing.
+    assert set(lines.final_rows) <= lines.loaded
+    assert 1 <= len(lines.loaded) <= actors
     assert "provider=torch rows=" in run.log, "and it reaches the driver's log"
     scores = published.scores.to_pandas().set_index("row_id")
     assert set(scores["region"].dropna()) == {"north", "s/outh"}
