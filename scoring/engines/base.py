@@ -1,0 +1,91 @@
+"""What every engine is: named arrays in, logits out, and the shapes it is given.
+
+Owns the interface and the padding of a batch to a shape. Engines that build something for a shape (TensorRT profiles, CUDA
+graphs) see only shapes of `Shapes`: an unseen one cost 19 to 100 s where upstream rebuilt its engine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scoring.flat import ROWS, TOKENS, BatchArrays, Input, Logits, Precision
+from scoring.spec import FeatureSpec
+
+_TOKEN_STEPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# A group of rows is padded to one of these shares of a full batch: on an H100 128 rows run at 3/4 of the rate of 512.
+_ROW_SHARES = (16, 8, 4, 2, 1)
+
+
+class EngineUnavailable(Exception):  # noqa: N818 -- not an error of the run until a named engine raises it
+    """This engine cannot run here; the text is the reason, and what would make it run."""
+
+
+class Engine(Protocol):
+    """Runs one predictor's network."""
+
+    provider: str
+    precision: Precision
+    device: str
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """Logits (n, classes) or (n, 1) of a batch, float32 on the host, rows in order."""
+
+    def close(self) -> None:
+        """Free the engine's memory; it is not used again."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The row and token counts that batches are padded to, ascending; no tokens: no text. One shape is one pair."""
+
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @staticmethod
+    def of(spec: FeatureSpec, batch_rows: int) -> "Shapes":
+        """Powers of two up to the predictor's longest text, and shares of `batch_rows`."""
+        longest = max((model.max_len for model in spec.text_models), default=0) if spec.text else 0
+        tokens = [step for step in _TOKEN_STEPS if step < longest]
+        rows = sorted({max(1, batch_rows // share) for share in _ROW_SHARES})
+        return Shapes(tuple(rows), (*tokens, longest) if longest else ())
+
+    def fit(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The smallest shape that holds a batch; sizes past the largest stay as they are."""
+        return _round_up(rows, self.rows), _round_up(tokens, self.tokens)
+
+
+def _round_up(size: int, steps: tuple[int, ...]) -> int:
+    return next((step for step in steps if step >= size), size)
+
+
+def num_rows(arrays: BatchArrays) -> int:
+    return len(next(iter(arrays.values())))
+
+
+def num_tokens(arrays: BatchArrays) -> int:
+    """The widest token array of a batch; 0 without text."""
+    return max((array.shape[1] for name, array in arrays.items() if name.endswith(":token_ids")), default=0)
+
+
+def pad_arrays(arrays: BatchArrays, rows: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+    """Grow a batch to `rows` x `tokens`: rows repeat the last one, tokens past a text's end are masked by its length."""
+    missing_rows = rows - num_rows(arrays)
+    padded = {}
+    for name, array in arrays.items():
+        widths = [(0, 0)] * array.ndim
+        if name.endswith((":token_ids", ":segment_ids")) and array.shape[1] < tokens:
+            widths[1] = (0, tokens - array.shape[1])
+            array = np.pad(array, widths)  # noqa: PLW2901 -- one array, grown in two steps
+        if missing_rows:
+            array = np.concatenate([array, np.repeat(array[-1:], missing_rows, axis=0)])  # noqa: PLW2901
+        padded[name] = array
+    return padded
+
+
+def sizes_of(item: Input, rows: int, tokens: int, images: Mapping[str, int]) -> tuple[int, ...]:
+    """An input's shape with its free axes filled in."""
+    known = {ROWS: rows, TOKENS: tokens, **images}
+    return tuple(known[size] if isinstance(size, str) else size for size in item.shape)

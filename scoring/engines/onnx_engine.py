@@ -1,0 +1,177 @@
+"""The ONNX Runtime engines: cpu, cuda and TensorRT 10, on a graph from `export.py`.
+
+Owns sessions, their options and what is bound where. A session that silently falls back to another provider is refused:
+what runs is read back from it.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scoring.engines.base import EngineUnavailable, Shapes, num_rows, num_tokens, pad_arrays, sizes_of
+from scoring.engines.torch_engine import CUDA, device_name, to_tensor
+from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
+from scoring.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+# Two TensorRT workspaces of upstream's 2 GiB starve long texts; the builder takes what it needs of this much.
+_TENSORRT_WORKSPACE = 8 * 2**30
+
+
+class OnnxCpuEngine:
+    """ONNX Runtime on the CPU, in fp32."""
+
+    provider = "cpu"
+    precision: Precision = "fp32"
+    device = "cpu"
+
+    def __init__(self, graph: Path, spec: FeatureSpec, num_threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
+        # Threads that spin while they wait starve the feature workers on the other cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._names = [item.name for item in describe_inputs(spec)]
+        self._session = _session(graph, options, "cpu", {})
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.forward`."""
+        feed = {name: np.ascontiguousarray(arrays[name]) for name in self._names}
+        logits: Logits = self._session.run(None, feed)[0]
+        return logits
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._session
+
+
+class OnnxGpuEngine:
+    """ONNX Runtime with its CUDA or TensorRT provider; inputs and logits stay on the GPU between host copies."""
+
+    def __init__(
+        self,
+        graph: Path,
+        spec: FeatureSpec,
+        precision: Precision,
+        shapes: Shapes,
+        *,
+        provider: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        import onnxruntime
+        import torch
+
+        self.provider = provider
+        self.precision = precision
+        self.device = device_name(CUDA)
+        self._shapes = shapes
+        self._inputs = describe_inputs(spec)
+        self._width = max(1, len(spec.class_labels))
+        self._stream = torch.cuda.current_stream()
+        # One stream for torch's copies and the session: no event to wait for between them.
+        stream = {"user_compute_stream": str(self._stream.cuda_stream)} if self._stream.cuda_stream else {}
+        self._session = _session(graph, onnxruntime.SessionOptions(), provider, {**stream, **options})
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.forward`."""
+        rows = num_rows(arrays)
+        padded = pad_arrays(arrays, *self._shapes.fit(rows, num_tokens(arrays)))
+        tensors = [to_tensor(padded[item.name], CUDA) for item in self._inputs]
+        logits: Logits = self.run(tensors)[:rows].cpu().numpy()
+        return logits
+
+    def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        """Flat tensors on the GPU -> logits there; nothing passes through the host."""
+        import torch
+
+        binding = self._session.io_binding()
+        for item, tensor in zip(self._inputs, tensors, strict=True):
+            binding.bind_input(item.name, "cuda", 0, np.dtype(item.dtype), list(tensor.shape), tensor.data_ptr())
+        logits = torch.empty((len(tensors[0]), self._width), dtype=torch.float32, device=CUDA)
+        binding.bind_output("logits", "cuda", 0, np.float32, list(logits.shape), logits.data_ptr())
+        torch.cuda.current_stream().synchronize()
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._session
+
+
+def cuda_options(precision: Precision) -> dict[str, Any]:
+    """The CUDA provider's options: no TF32 in fp32, and no exhaustive search at each new shape."""
+    return {
+        "device_id": 0,
+        "use_tf32": "0" if precision == "fp32" else "1",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+        "do_copy_in_default_stream": "1",
+    }
+
+
+def tensorrt_options(spec: FeatureSpec, shapes: Shapes, cache: Path) -> dict[str, Any]:
+    """The TensorRT provider's options: one explicit profile over all shapes, engine and timing cache in `cache`."""
+    low, best, high = (_profile(spec, shapes, place) for place in (0, -2, -1))
+    return {
+        "device_id": 0,
+        "trt_max_workspace_size": _TENSORRT_WORKSPACE,
+        # The graph is half already, with float32 where half overflows.
+        "trt_fp16_enable": True,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(cache),
+        "trt_profile_min_shapes": low,
+        "trt_profile_opt_shapes": best,
+        "trt_profile_max_shapes": high,
+    }
+
+
+def _profile(spec: FeatureSpec, shapes: Shapes, place: int) -> str:
+    rows, tokens = _at(shapes.rows, place), _at(shapes.tokens, place)
+    images = {f"{model.prefix}:images": max(1, len(spec.image) * model.max_images) for model in spec.image_models}
+    sizes = {item.name: sizes_of(item, rows, tokens, images) for item in describe_inputs(spec)}
+    return ",".join(f"{name}:{'x'.join(map(str, size))}" for name, size in sizes.items())
+
+
+def _at(steps: tuple[int, ...], place: int) -> int:
+    return steps[max(place, -len(steps))] if steps else 0
+
+
+def _session(
+    graph: Path, options: "onnxruntime.SessionOptions", provider: str, provider_options: Mapping[str, Any]
+) -> "onnxruntime.InferenceSession":
+    """A session on that provider. Raises EngineUnavailable when ONNX Runtime would use another one."""
+    import onnxruntime
+
+    # Its warnings (unused initialisers, nodes on the CPU) are about the graph, not about the run.
+    options.log_severity_level = 3
+    name = _PROVIDERS[provider]
+    if name not in onnxruntime.get_available_providers():
+        raise EngineUnavailable(f"this onnxruntime has no {name}; install onnxruntime-gpu")
+    if provider != "cpu":
+        onnxruntime.preload_dlls()
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=[(name, dict(provider_options))])
+    except Exception as error:
+        # ONNX Runtime raises a class of its own a status code; each means that this session cannot be had.
+        raise EngineUnavailable(f"{name} refuses the graph: {error}") from error
+    if session.get_providers()[0] != name:
+        raise EngineUnavailable(f"{name} did not load (ONNX Runtime fell back to {session.get_providers()[0]})")
+    session.disable_fallback()
+    return session

@@ -1,0 +1,159 @@
+"""The torch engines: the predictor's own network, eager (fp32 is the reference) or compiled with CUDA graphs.
+
+Owns devices, copies to them and graph capture. `CompiledEngine` is compiled once for free row and token counts and captures
+one CUDA graph a shape: a compile a shape took 19 to 29 s, twelve of them five minutes; a capture takes under a second.
+"""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scoring.engines.base import EngineUnavailable, Shapes, num_rows, num_tokens, pad_arrays
+from scoring.flat import BatchArrays, Logits, Precision, describe_inputs, flat_model, synthetic_arrays
+from scoring.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    import torch
+    from autogluon.multimodal import MultiModalPredictor
+
+logger = logging.getLogger(__name__)
+
+CUDA = "cuda:0"
+
+
+def to_tensor(array: npt.NDArray[Any], device: str) -> "torch.Tensor":
+    """A host array on `device`; to a GPU through pinned memory, without waiting for the copy."""
+    import torch
+
+    # Arrow's buffers are read-only, which torch warns about; the large arrays (pixels) are ours and not copied.
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return tensor.pin_memory().to(device, non_blocking=True) if device != "cpu" else tensor
+
+
+def device_name(device: str) -> str:
+    """The GPU's product name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if device != "cpu" else "cpu"
+
+
+class TorchEngine:
+    """The network in eager torch. In fp32, with TF32 off, its arithmetic is the reference's."""
+
+    provider = "torch"
+
+    def __init__(
+        self, predictor: "MultiModalPredictor", spec: FeatureSpec, precision: Precision, *, use_gpu: bool, num_threads: int
+    ) -> None:
+        import torch
+
+        self.precision = precision
+        self._device = CUDA if use_gpu else "cpu"
+        if use_gpu:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        else:
+            if precision == "fp16":
+                raise EngineUnavailable("torch computes in fp16 on a GPU alone; set engine.precision=fp32")
+            torch.set_num_threads(num_threads)
+        self.device = device_name(self._device)
+        self._names = [item.name for item in describe_inputs(spec)]
+        self._model = flat_model(predictor, spec, precision).to(self._device)
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.forward`."""
+        logits: Logits = self.run([to_tensor(arrays[name], self._device) for name in self._names]).cpu().numpy()
+        return logits
+
+    def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        """Flat tensors on the engine's device -> logits there."""
+        import torch
+
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(*tensors)
+        return logits
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._model
+
+
+class CompiledEngine:
+    """The network in half or single precision, compiled; each shape of `shapes` replays its own CUDA graph.
+
+    Construction compiles (about a minute; seconds where inductor's cache has it) and may be done in a thread. Capture
+    happens at a shape's first batch, in the thread that scores.
+    """
+
+    provider = "torch"
+
+    def __init__(
+        self, predictor: "MultiModalPredictor", spec: FeatureSpec, precision: Precision, shapes: Shapes
+    ) -> None:
+        import torch
+
+        start = time.perf_counter()
+        self.precision = precision
+        self.device = device_name(CUDA)
+        self._shapes = shapes
+        self._names = [item.name for item in describe_inputs(spec)]
+        self._model = flat_model(predictor, spec, precision).to(CUDA, memory_format=torch.channels_last)
+        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        self._compiled = torch.compile(self._model, dynamic=True, fullgraph=False)
+        arrays = synthetic_arrays(predictor, spec, rows=shapes.rows[-1], tokens=shapes.tokens[0] if shapes.tokens else 0)
+        with torch.inference_mode():
+            self._compiled(*(to_tensor(arrays[name], CUDA) for name in self._names))
+        torch.cuda.synchronize()
+        self.build_s = time.perf_counter() - start
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.forward`."""
+        rows = num_rows(arrays)
+        padded = pad_arrays(arrays, *self._shapes.fit(rows, num_tokens(arrays)))
+        logits: Logits = self.run([to_tensor(padded[name], CUDA) for name in self._names])[:rows].cpu().numpy()
+        return logits
+
+    def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        """Flat tensors of one of the engine's shapes, on the GPU -> logits there, valid until the next call."""
+        key = tuple(tuple(tensor.shape) for tensor in tensors)
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self._compiled, tensors, self._pool)
+        return self._graphs[key].replay(tensors)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._graphs.clear()
+        del self._compiled, self._model
+
+
+class _Graph:
+    """One captured forward: inputs are copied into its buffers, logits stay in its own."""
+
+    def __init__(self, model: Any, tensors: "list[torch.Tensor]", pool: Any) -> None:
+        import torch
+
+        self._inputs = [tensor.clone() for tensor in tensors]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.inference_mode():
+            for _ in range(2):  # cuBLAS and cuDNN make their workspaces at a first call, which cannot be captured
+                model(*self._inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile (a reader's allocation) does not spoil the capture.
+        with (
+            torch.inference_mode(),
+            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+        ):
+            self._logits = model(*self._inputs)
+
+    def replay(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        for buffer, tensor in zip(self._inputs, tensors, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+        self._graph.replay()
+        return self._logits
