@@ -281,14 +281,10 @@ class NotBuilt:
 
 
 NOT_BUILT: dict[str, NotBuilt] = {
-    "engine.provider": NotBuilt(("tensorrt", "cuda", "cpu"), "auto or torch"),
-    "engine.precision": NotBuilt(("fp16",), "auto or fp32"),
     "images.decode": NotBuilt(("fast", "gpu"), "auto or exact"),
     "input.on_bad_file": NotBuilt(("skip",), "fail"),
     "batch.tokens": NotBuilt(None, "batch.rows alone"),
     "run.incremental": NotBuilt((True,), "false"),
-    "parity.rows": NotBuilt(None, "512"),
-    "parity.max_abs_diff": NotBuilt(None, "0.005"),
 }
 
 

@@ -1,133 +1,364 @@
-"""Engines: what runs the forward pass, how one is chosen, and the decision that says why.
+"""Which engine a run uses: the ladder, its gate, and the decision that says why.
 
-Owns the small interface (named arrays in, logits out) and the torch engine. Collating rows into arrays and turning
-logits into probabilities is `scorer.py`'s.
-
-Named arrays of a batch of n rows: `numerical` (n, columns) float32; `categorical` (n, columns) int32; for a text model's
-prefix `<prefix>:token_ids` and `:segment_ids` (n, tokens) int32, `:valid_length` (n,) int64; for an image model's
-`<prefix>:pixels` (n, images, size, size, 3) uint8, `:valid_num` and `:image_num` (n,) int64, the images that are real,
-and the real and blank ones together (the rest of the axis is padding).
+Owns the order in which engines are tried, how they are timed and checked, the one decision that a run's actors share, and
+`optimize_for_inference`. How engines are built and run is `engines/`'s; the figures of the gate are `parity.py`'s.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+from filelock import FileLock
 
-from scoring.spec import FeatureSpec
+from scoring.engines.base import Engine, EngineUnavailable, num_rows
+from scoring.engines.build import EngineRequest, build_compiled, build_engine, has_gpu, synthetic_sample
+from scoring.errors import EngineError, ParityError
+from scoring.flat import BatchArrays, Logits, Precision
+from scoring.outputs import Outputs
+from scoring.parity import Parity, Scores, compare
+from scoring.storage import create_exclusive, exists, read_bytes
 
 if TYPE_CHECKING:
-    import torch
-    from autogluon.multimodal import MultiModalPredictor
+    pass
 
-BatchArrays = Mapping[str, npt.NDArray[Any]]
-Logits = npt.NDArray[np.float32]
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE = "~/.cache/multimodal-scorer"
+_TIMED_S = 1.0
+# What a rung costs before its first batch when the cache is empty (seconds, measured on an H100 with the seed model).
+_BUILD_S = {"torch": 0.0, "cpu": 8.0, "cuda": 12.0, "tensorrt": 60.0}
+_COMPILE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder as it went: used, slower, refused (parity), unavailable, or skipped (would not pay)."""
+
+    provider: str
+    precision: str
+    outcome: str
+    reason: str
+    rows_per_s: float | None = None
+    build_s: float | None = None
+    parity: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        rate = f", {self.rows_per_s:,.0f} rows/s" if self.rows_per_s else ""
+        return f"{self.provider}-{self.precision} {self.outcome}{rate}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class EngineDecision:
-    """Which engine a run uses and why; stored in the manifest."""
+    """Which engine a run uses on one kind of device, why, and how every other rung fared; stored in the manifest."""
 
     provider: str
-    precision: str
+    precision: Precision
     device: str
     reason: str
+    rungs: tuple[Rung, ...] = ()
+    compiles: bool = False
+    """A compiled engine is built beside the first and takes over when it is ready and faster."""
 
     @property
     def name(self) -> str:
         return f"{self.provider}-{self.precision}-{self.device}"
 
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineDecision":
+        data = json.loads(text)
+        return cls(**{**data, "rungs": tuple(Rung(**rung) for rung in data["rungs"])})
 
 
-class Engine(Protocol):
-    """Runs a predictor's model on named arrays."""
+class Gate:
+    """Checks and times engines on the sample; the reference is computed once."""
 
-    decision: EngineDecision
+    def __init__(self, request: EngineRequest) -> None:
+        from scoring.engines.torch_engine import TorchEngine
 
-    def forward(self, arrays: BatchArrays) -> Logits:
-        """Logits (n, classes) or (n, 1) of a batch, float32 on the host, rows in order."""
+        self._request = request
+        self._outputs = Outputs(request.predictor, request.spec)
+        self._sample = list(request.sample) or synthetic_sample(request)
+        use_gpu = has_gpu() and request.provider != "cpu"
+        self.reference_engine = TorchEngine(
+            request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads
+        )
+        self._reference: Scores | None = None
+        self.reference_rows_per_s = 0.0
 
-    def close(self) -> None:
-        """Free the model's memory; the engine is not used again."""
+    def parity(self, engine: Engine) -> Parity:
+        """The engine against the reference on every row of the sample."""
+        if self._reference is None:
+            start = time.perf_counter()
+            self._reference = self._scores(self.reference_engine)
+            self.reference_rows_per_s = len(self._reference) / (time.perf_counter() - start)
+        return compare(self._reference, self._scores(engine))
+
+    def _scores(self, engine: Engine) -> Scores:
+        scores: Scores = self._outputs.comparable(np.concatenate([engine.forward(arrays) for arrays in self._sample]))
+        return scores
+
+    def rows_per_s(self, engine: Engine) -> float:
+        """The engine's rate over the sample, host to host, for about a second; its shapes have been seen before."""
+        rows, start = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < _TIMED_S:
+            for arrays in self._sample:
+                engine.forward(arrays)
+                rows += num_rows(arrays)
+        return rows / seconds
+
+    def examine(self, engine: Engine, build_s: float) -> Rung:
+        """Parity, then the clock."""
+        parity = self.parity(engine)
+        failure = parity.failure(self._request.max_abs_diff)
+        common = {"build_s": round(build_s, 2), "parity": parity.to_dict()}
+        if failure:
+            return Rung(engine.provider, engine.precision, "refused", failure, **common)  # type: ignore[arg-type]
+        rate = self.rows_per_s(engine)
+        reason = f"max difference {parity.max_abs_diff:.1e} on {parity.rows} rows"
+        return Rung(engine.provider, engine.precision, "usable", reason, round(rate, 1), **common)  # type: ignore[arg-type]
 
 
-class TorchEngine:
-    """The predictor's own torch model, eager, in fp32 with TF32 off: the reference arithmetic."""
+def choose_engine(request: EngineRequest) -> tuple[Engine, EngineDecision]:
+    """The engine to use. Raises EngineError (a named provider cannot run) or ParityError (it is not the reference)."""
+    gate = Gate(request)
+    if request.provider != "auto":
+        return _named(request, gate)
+    return _best(request, gate)
 
-    def __init__(self, predictor: "MultiModalPredictor", spec: FeatureSpec, num_threads: int) -> None:
-        import torch
 
-        has_gpu = torch.cuda.is_available()
-        self._device = torch.device("cuda" if has_gpu else "cpu")
-        if has_gpu:
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
+def _named(request: EngineRequest, gate: Gate) -> tuple[Engine, EngineDecision]:
+    """The named provider, in the precisions asked for; never another one."""
+    rungs: list[Rung] = []
+    for precision in _precisions(request, request.provider):
+        try:
+            engine, build_s = build_engine(request, request.provider, precision)
+        except EngineUnavailable as error:
+            raise EngineError(
+                f"engine.provider: {request.provider} cannot run here: {error}. Set engine.provider=auto to use the best "
+                "engine that can"
+            ) from error
+        rung = gate.examine(engine, build_s)
+        rungs.append(rung)
+        logger.info("engine: %s", rung)
+        if rung.outcome == "usable":
+            return _with_takeover(request, gate, engine, rung, rungs, "named in the configuration")
+        engine.close()
+    raise ParityError(
+        f"engine.provider: {request.provider} was refused: "
+        + "; ".join(f"{rung.precision} {rung.reason}" for rung in rungs)
+        + ". Set engine.precision=fp32, another engine.provider, or a larger parity.max_abs_diff"
+    )
+
+
+def _best(request: EngineRequest, gate: Gate) -> tuple[Engine, EngineDecision]:
+    """Every rung that pays is built, checked and timed; the fastest is used. fp32 is tried where no fp16 passes."""
+    providers = ("torch", "cuda", "tensorrt") if has_gpu() else ("torch", "cpu")
+    rungs: list[Rung] = []
+    best: tuple[Engine, Rung] | None = None
+    for precision in _precisions(request, "auto"):
+        for provider in providers:
+            rung, engine = _try(request, gate, provider, precision, best[1] if best else None)
+            logger.info("engine: %s", rung)
+            rungs.append(rung)
+            if engine is None:
+                continue
+            if best is None or (rung.rows_per_s or 0) > (best[1].rows_per_s or 0):
+                if best is not None:
+                    best[0].close()
+                best = (engine, rung)
+            else:
+                engine.close()
+        if best is not None:
+            break
+    if best is None:
+        raise EngineError(
+            "engine.provider: no engine passed: "
+            + "; ".join(str(rung) for rung in rungs)
+            + ". Set engine.precision=fp32 or a larger parity.max_abs_diff"
+        )
+    return _with_takeover(request, gate, *best, rungs, "the fastest that passes parity")
+
+
+def _try(
+    request: EngineRequest, gate: Gate, provider: str, precision: Precision, best: Rung | None
+) -> tuple[Rung, Engine | None]:
+    """Build, check and time one rung; the engine is None unless it is usable."""
+    waste = _would_not_pay(request.rows_left, best, _BUILD_S[provider])
+    if waste:
+        return Rung(provider, precision, "skipped", waste), None
+    try:
+        engine, build_s = build_engine(request, provider, precision)
+        rung = gate.examine(engine, build_s)
+    except EngineUnavailable as error:
+        return Rung(provider, precision, "unavailable", str(error)), None
+    except Exception as error:
+        # A model that cannot be exported or a kernel that is missing costs its rung, not the run.
+        logger.debug("engine: %s-%s", provider, precision, exc_info=True)
+        return Rung(provider, precision, "unavailable", f"{type(error).__name__}: {str(error).splitlines()[0]}"), None
+    if rung.outcome != "usable":
+        engine.close()
+        return rung, None
+    return rung, engine
+
+
+def _would_not_pay(rows_left: int | None, best: Rung | None, build_s: float) -> str | None:
+    """Why building another rung cannot win: the best one so far scores all that is left sooner."""
+    if rows_left is None or best is None or not best.rows_per_s:
+        return None
+    rest = rows_left / best.rows_per_s
+    if rest > build_s:
+        return None
+    return f"{rows_left} rows take {rest:.1f} s on {best.provider}-{best.precision}, this build about {build_s:.0f} s"
+
+
+def _precisions(request: EngineRequest, provider: str) -> tuple[Precision, ...]:
+    if request.precision != "auto":
+        return ("fp16",) if request.precision == "fp16" else ("fp32",)
+    return ("fp16", "fp32") if has_gpu() and provider != "cpu" else ("fp32",)
+
+
+def _with_takeover(
+    request: EngineRequest, gate: Gate, engine: Engine, rung: Rung, rungs: Sequence[Rung], reason: str
+) -> tuple[Engine, EngineDecision]:
+    """The decision for `engine`; where compiling would pay, an engine that the compiled one will relieve."""
+    may_compile = has_gpu() and request.provider in ("auto", "torch")
+    waste = (
+        _would_not_pay(request.rows_left, rung, _COMPILE_S) if may_compile else "no GPU, or another engine was named"
+    )
+    used = [
+        replace(item, outcome="used" if item is rung else ("slower" if item.outcome == "usable" else item.outcome))
+        for item in rungs
+    ]
+    if may_compile:
+        outcome = (
+            ("skipped", waste)
+            if waste
+            else ("pending", "compiled beside the first engine; takes over when it is faster")
+        )
+        used.append(Rung("torch-compiled", rung.precision, *outcome))
+    decision = EngineDecision(
+        engine.provider,
+        engine.precision,
+        engine.device,
+        f"{reason}: {rung.reason}",
+        tuple(used),
+        compiles=may_compile and not waste,
+    )
+    logger.info("engine: uses %s, %s", decision.name, decision.reason)
+    return (Takeover(request, gate, engine, rung.rows_per_s or 0.0) if decision.compiles else engine), decision
+
+
+def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
+    """The engine of a decision made elsewhere for the same kind of device: built from the cache, checked once more."""
+    engine, build_s = build_engine(request, decision.provider, decision.precision)
+    # One batch: the rung was examined on the whole sample; this finds a device that computes otherwise.
+    gate = Gate(replace(request, sample=request.sample[:1]))
+    parity = gate.parity(engine)
+    failure = parity.failure(request.max_abs_diff)
+    if failure:
+        raise ParityError(f"engine: {decision.name} {failure}, although another actor's copy passed; look at this GPU")
+    logger.info("engine: uses %s as decided (%.1f s, max difference %.1e)", decision.name, build_s, parity.max_abs_diff)
+    rate = next((rung.rows_per_s for rung in decision.rungs if rung.outcome == "used"), None)
+    return Takeover(request, gate, engine, rate or 0.0) if decision.compiles else engine
+
+
+def shared_engine(request: EngineRequest, uri: str) -> tuple[Engine, EngineDecision]:
+    """One decision a run and kind of device: the first actor makes it and writes it to `uri`; the others follow."""
+    digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    request.cache.local.mkdir(parents=True, exist_ok=True)
+    with FileLock(request.cache.local / f"decision-{digest}.lock"):
+        if not exists(uri):
+            engine, decision = choose_engine(request)
+            if create_exclusive(uri, decision.to_json().encode()):
+                return engine, decision
+            engine.close()  # an actor of another node was first
+    decision = EngineDecision.from_json(read_bytes(uri).decode())
+    return open_engine(request, decision), decision
+
+
+class Takeover:
+    """Scores with one engine while a compiled one is built in a thread; `settle` changes over when it is ready.
+
+    The compiled one is checked and timed like any other before it scores a row.
+    """
+
+    def __init__(self, request: EngineRequest, gate: Gate, first: Engine, first_rows_per_s: float) -> None:
+        self._request = request
+        self._gate = gate
+        self._engine = first
+        self._first_rows_per_s = first_rows_per_s
+        self._built: list[Engine | Exception] = []
+        self._thread: threading.Thread | None = threading.Thread(target=self._build, name="compile", daemon=True)
+        self._thread.start()
+
+    @property
+    def provider(self) -> str:
+        return self._engine.provider
+
+    @property
+    def precision(self) -> Precision:
+        return self._engine.precision
+
+    @property
+    def device(self) -> str:
+        return self._engine.device
+
+    def _build(self) -> None:
+        try:
+            self._built.append(build_compiled(self._request, self._engine.precision))
+        except Exception as error:
+            self._built.append(error)
+
+    def settle(self, *, wait: bool = False) -> Rung | None:
+        """Change over if the compiled engine is ready; call between batches. Returns how it went, once."""
+        if self._thread is None:
+            return None
+        if wait:
+            self._thread.join()
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        built = self._built.pop()
+        rung = self._examine(built)
+        logger.info("engine: %s", rung)
+        if isinstance(built, Exception):
+            return rung
+        if rung.outcome == "used":
+            self._engine.close()
+            self._engine = built
         else:
-            torch.set_num_threads(num_threads)
-        self._spec = spec
-        self._learner = predictor._learner
-        self._model = self._learner._model.to(self._device).eval()
-        self._scales = {
-            model.prefix: (self._channels(model.mean), self._channels(model.std)) for model in spec.image_models
-        }
-        device = torch.cuda.get_device_name(0) if has_gpu else "cpu"
-        reason = "a GPU is visible" if has_gpu else "no GPU is visible to this actor"
-        self.decision = EngineDecision("torch", "fp32", device, reason)
+            built.close()
+        return rung
 
-    def _channels(self, values: tuple[float, ...]) -> "torch.Tensor":
-        import torch
-
-        return torch.tensor(values, dtype=torch.float32, device=self._device).view(1, 1, len(values), 1, 1)
+    def _examine(self, built: Engine | Exception) -> Rung:
+        name, precision = "torch-compiled", self._engine.precision
+        if isinstance(built, Exception):
+            reason = f"{type(built).__name__}: {(str(built).splitlines() or [''])[0]}"
+            return Rung(name, precision, "unavailable", reason)
+        try:
+            rung = self._gate.examine(built, getattr(built, "build_s", 0.0))
+        except Exception as error:
+            return Rung(
+                name, precision, "unavailable", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            )
+        if rung.outcome != "usable":
+            return replace(rung, provider=name)
+        is_faster = (rung.rows_per_s or 0) > self._first_rows_per_s
+        return replace(rung, provider=name, outcome="used" if is_faster else "slower")
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
-        import torch
-        from autogluon.multimodal.models.utils import run_model
-
-        with torch.inference_mode():
-            output = run_model(self._model, self._upstream_batch(arrays))
-            if self._learner._model_postprocess_fn:
-                output = self._learner._model_postprocess_fn(output)
-            logits = output[self._model.prefix]["logits"]
-        result: Logits = logits.float().cpu().numpy()
-        return result
-
-    def _upstream_batch(self, arrays: BatchArrays) -> dict[str, Any]:
-        """Named arrays -> the keys, dtypes and shapes that upstream's collators give a model."""
-        batch: dict[str, Any] = {}
-        for prefix in self._spec.numerical_models if "numerical" in arrays else ():
-            batch[f"{prefix}_numerical"] = self._tensor(arrays["numerical"])
-        for prefix in self._spec.categorical_models if "categorical" in arrays else ():
-            batch[f"{prefix}_categorical"] = tuple(self._tensor(arrays["categorical"]).unbind(1))
-        for text_model in self._spec.text_models if self._spec.text else ():
-            for key in ("token_ids", "segment_ids", "valid_length"):
-                batch[f"{text_model.prefix}_text_{key}"] = self._tensor(arrays[f"{text_model.prefix}:{key}"])
-        for image_model in self._spec.image_models if self._spec.image else ():
-            batch |= self._images(image_model.prefix, arrays)
-        return batch
-
-    def _images(self, prefix: str, arrays: BatchArrays) -> dict[str, "torch.Tensor"]:
-        import torch
-
-        mean, std = self._scales[prefix]
-        pixels = self._tensor(arrays[f"{prefix}:pixels"]).permute(0, 1, 4, 2, 3)
-        images = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-        num_images = self._tensor(arrays[f"{prefix}:image_num"])
-        padding = torch.arange(images.shape[1], device=self._device)[None, :] >= num_images[:, None]
-        # Padding is 0 after normalising, a blank image is 0 before it (PadCollator; process_one_sample).
-        images.masked_fill_(padding[:, :, None, None, None], 0.0)
-        return {f"{prefix}_image": images, f"{prefix}_image_valid_num": self._tensor(arrays[f"{prefix}:valid_num"])}
-
-    def _tensor(self, array: npt.NDArray[Any]) -> "torch.Tensor":
-        import torch
-
-        # Arrow's buffers are read-only, which torch warns about; the large arrays (pixels) are ours and not copied.
-        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device)
+        return self._engine.forward(arrays)
 
     def close(self) -> None:
-        """See `Engine.close`."""
-        self._model.to("cpu")
+        """See `Engine.close`; a build under way is left to end with the process."""
+        self._engine.close()

@@ -102,7 +102,9 @@ def _is_text_model(module: Any) -> bool:
     return isinstance(module, HFAutoModelForTextPrediction)
 
 
-def optimize_graph(source: Path, target: Path, precision: Precision, runs_on: Target, attention: AttentionShape) -> None:
+def optimize_graph(
+    source: Path, target: Path, precision: Precision, runs_on: Target, attention: AttentionShape
+) -> None:
     """Rewrite an exported graph for one kind of engine: fused for ONNX Runtime, plain for TensorRT; fp16 or fp32."""
     from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.optimizer import optimize_model
@@ -124,7 +126,10 @@ def optimize_graph(source: Path, target: Path, precision: Precision, runs_on: Ta
         pixels = [node.name for node in graph.model.graph.node if not node.name.startswith("/model")]
         blocked = _blocked_ops(_TENSORRT_FLOAT32 if runs_on == "tensorrt" else ())
         graph.convert_float_to_float16(
-            keep_io_types=True, op_block_list=blocked, node_block_list=pixels, disable_shape_infer=_is_large(graph.model)
+            keep_io_types=True,
+            op_block_list=blocked,
+            node_block_list=pixels,
+            disable_shape_infer=_is_large(graph.model),
         )
     graph.save_model_to_file(str(target), use_external_data_format=_is_large(graph.model))
 

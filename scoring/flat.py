@@ -131,20 +131,21 @@ def flat_model(
             self.model = copy.deepcopy(predictor._learner._model).to("cpu").eval()
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
-            for image_model in spec.image_models:
-                for name in ("mean", "std"):
-                    values = torch.tensor(getattr(image_model, name), dtype=torch.float32)
-                    # A plain attribute would stay behind on the CPU; a buffer in the model's half would round it.
-                    self.register_buffer(f"{image_model.prefix}_{name}", values.view(1, 1, 3, 1, 1))
             self.model.to(dtype)
+            # (x / 255 - mean) / std as one product and one sum, in float32 whatever the model's precision.
+            for image_model in spec.image_models:
+                mean, std = np.array(image_model.mean), np.array(image_model.std)
+                for name, values in (("scale", 1 / (255 * std)), ("shift", -mean / std)):
+                    constant = torch.tensor(values, dtype=torch.float32).view(1, 1, 3, 1, 1)
+                    self.register_buffer(f"{image_model.prefix}_{name}", constant)
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
             arrays = dict(zip(names, tensors, strict=True))
-            output = run_model(self.model, self._batch(arrays))
+            output = run_model(self.model, self.upstream_batch(arrays))
             logits: torch.Tensor = output[self.model.prefix]["logits"]
             return logits.float()
 
-        def _batch(self, arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
+        def upstream_batch(self, arrays: dict[str, torch.Tensor]) -> dict[str, Any]:
             """Named arrays -> the keys, dtypes and shapes that upstream's collators give a model."""
             batch: dict[str, Any] = {}
             for prefix in spec.numerical_models if "numerical" in arrays else ():
@@ -160,19 +161,21 @@ def flat_model(
 
         def _images(self, image_model: ImageModel, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             prefix = image_model.prefix
-            pixels = arrays[f"{prefix}:pixels"].permute(0, 1, 4, 2, 3)
-            mean, std = getattr(self, f"{prefix}_mean"), getattr(self, f"{prefix}_std")
-            images = (pixels.to(torch.float32) / 255 - mean) / std
+            # Cast first: TensorRT takes uint8 into a cast and nothing else.
+            pixels = arrays[f"{prefix}:pixels"].to(torch.float32).permute(0, 1, 4, 2, 3)
+            scale, shift = getattr(self, f"{prefix}_scale"), getattr(self, f"{prefix}_shift")
+            images = (pixels * scale + shift).to(dtype)
             num_images = arrays[f"{prefix}:image_num"]
             padding = torch.arange(pixels.shape[1], device=num_images.device)[None, :] >= num_images[:, None]
             # Padding is 0 after normalising, a blank image is 0 before it (PadCollator; process_one_sample).
             images = images.masked_fill(padding[:, :, None, None, None], 0.0)
             # Upstream divides by this number: as an integer it would lift half features to float32.
             valid_num = arrays[f"{prefix}:valid_num"].to(dtype)
-            return {f"{prefix}_image": images.to(dtype), f"{prefix}_image_valid_num": valid_num}
+            return {f"{prefix}_image": images, f"{prefix}_image_valid_num": valid_num}
 
     model = FlatModel()
-    for module in model.modules() if eager_attention else ():
+    modules: list[Any] = list(model.modules()) if eager_attention else []
+    for module in modules:
         if hasattr(module, "set_attn_implementation"):
             module.set_attn_implementation("eager")
         # timm decides once, when a model is made, whether its attention uses torch's fused kernel.

@@ -144,6 +144,19 @@ class AttemptFolder:
         """Put a write task's receipt, after its parts: a part without a receipt does not count."""
         write_bytes(join(self._work_uri, "receipts", f"{receipt.task:08d}.json"), receipt.to_json().encode())
 
+    @property
+    def decisions_uri(self) -> str:
+        """Where scoring actors leave their engine decisions, one file a kind of device, and what came of them later."""
+        return join(self._work_uri, "engines")
+
+    def decisions(self) -> dict[str, dict[str, Any]]:
+        """The engine decisions and later events by file name, less its ending."""
+        names = sorted(list_names(self.decisions_uri))
+        return {
+            name.removesuffix(".json"): json.loads(text)
+            for name, text in zip(names, self._texts("engines"), strict=True)
+        }
+
     def read_notes(self) -> dict[int, int]:
         """Rows read per shard, from every note."""
         rows: dict[int, int] = {}

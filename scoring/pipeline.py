@@ -20,7 +20,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint, resolved_yaml
-from scoring.errors import OutputError
+from scoring.errors import EngineError, OutputError, ParityError
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.ledger import (
@@ -42,7 +42,8 @@ from scoring.predictor import (
     refuse_unsupported,
     store_spec,
 )
-from scoring.scorer import Scorer
+from scoring.sample import sample_features
+from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import InputPlan, inspect_files, list_inputs, plan_inputs
 from scoring.sink import PartSchemas, PartSink, reserved_names, write_part
 from scoring.source import ShardSource
@@ -241,13 +242,16 @@ class FeatureWorker:
 class ScoringActor:
     """A scoring actor: loads the predictor once, on a GPU where Ray gives it one (see `scorer.py`)."""
 
-    def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, num_threads: int) -> None:
+    def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, told: Mapping[str, Any]) -> None:
         _set_up_worker()
         folder = fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash)
         # The last 8 of an actor's 32 digits are its job's: the same for every actor of a run.
         actor = ray.get_runtime_context().get_actor_id()[:12]
         spec = FeatureSpec.from_json(spec_json)
-        self._scorer = Scorer(folder, spec, actor=actor, num_threads=num_threads, batch_rows=config.batch.rows)
+        # Ray resolves a reference that is an argument, not one inside of them.
+        sample = ray.get(told["sample"])
+        setup = ActorSetup(actor, told["num_threads"], sample, told["decisions"], told["rows_left"])
+        self._scorer = Scorer(folder, spec, config, setup)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._scorer.score(table)
@@ -292,7 +296,7 @@ def run(plan: Plan, timings: Timings) -> Outcome:
         check_complete(accounts)
         check_quarantine(accounts, plan.config.quarantine.max_fraction)
         accounts = _with_scores_part(plan, attempt, accounts)
-    plan.run.publish(_manifest(plan, accounts, timings), resolved_yaml(plan.config))
+    plan.run.publish(_manifest(plan, accounts, timings, attempt.decisions()), resolved_yaml(plan.config))
     return Outcome(plan.run.run_id, accounts.totals, timings.seconds, was_published=False)
 
 
@@ -341,7 +345,12 @@ def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
             "spec_json": spec_json,
             "config": config,
             "predictor_hash": plan.predictor_hash,
-            "num_threads": pools.num_threads,
+            "told": {
+                "num_threads": pools.num_threads,
+                "sample": _sample_in_task.remote(plan.inputs, config, spec_json),
+                "decisions": attempt.decisions_uri,
+                "rows_left": plan.inputs.estimated_rows // pools.scoring_actors,
+            },
         },
         batch_size=config.batch.rows,
         batch_format="pyarrow",
@@ -351,8 +360,28 @@ def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
         udf_modifying_row_count=False,
     )
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec))
-    dataset.write_datasink(sink, ray_remote_args={"num_cpus": _IO_CPUS})
+    try:
+        dataset.write_datasink(sink, ray_remote_args={"num_cpus": _IO_CPUS})
+    except Exception as error:
+        _raise_refusal(attempt, error)
+        raise
     return _stage_seconds(dataset)
+
+
+# max_calls=1: it has decoded images and is not needed again.
+@ray.remote(num_cpus=_IO_CPUS, max_calls=1)  # type: ignore[untyped-decorator]
+def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str) -> pa.Table:
+    _set_up_worker()
+    pa.set_cpu_count(1)
+    return sample_features(inputs, config, FeatureSpec.from_json(spec_json))
+
+
+def _raise_refusal(attempt: AttemptFolder, error: Exception) -> None:
+    """Raise what a scoring actor died of, if it was an engine that it could not have."""
+    for name, document in attempt.decisions().items():
+        if name.startswith("refused-"):
+            kind = ParityError if document["error"] == ParityError.__name__ else EngineError
+            raise kind(document["message"]) from error
 
 
 def _stage_seconds(dataset: "ray.data.Dataset") -> dict[str, float]:
@@ -380,7 +409,9 @@ def _with_scores_part(plan: Plan, attempt: AttemptFolder, accounts: Accounts) ->
     return Accounts(accounts.shards, (empty, *accounts.files), accounts.reasons)
 
 
-def _manifest(plan: Plan, accounts: Accounts, timings: Timings) -> dict[str, Any]:
+def _manifest(
+    plan: Plan, accounts: Accounts, timings: Timings, decisions: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     engines = sorted({file.engine for file in accounts.files if file.engine})
     return {
         "version": MANIFEST_VERSION,
@@ -391,6 +422,11 @@ def _manifest(plan: Plan, accounts: Accounts, timings: Timings) -> dict[str, Any
         "files": [vars(file) for file in accounts.files],
         "shards": [vars(shard) for shard in accounts.shards],
         "totals": {**accounts.totals, "reasons": dict(accounts.reasons)},
-        "engine": {"used": engines, "provider": plan.config.engine.provider, "precision": plan.config.engine.precision},
+        "engine": {
+            "used": engines,
+            "provider": plan.config.engine.provider,
+            "precision": plan.config.engine.precision,
+            "decisions": decisions,
+        },
         "timings": timings.seconds,
     }

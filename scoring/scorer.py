@@ -1,11 +1,12 @@
 """The scorer: a predictor loaded once, tables of features in, tables of scores out.
 
-Owns collating rows into an engine's arrays, micro-batches, and from logits to probabilities and labels by upstream's own
-functions. No Ray inside: `pipeline.py` makes it an actor.
+Owns one actor's work: its engine, its micro-batches and its meter. No Ray inside: `pipeline.py` makes it an actor.
 """
 
+import json
 import logging
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scoring.collate import micro_batches
 from scoring.columns import mark_rows
-from scoring.engine import BatchArrays, Engine, Logits, TorchEngine
-from scoring.errors import Reason, Stage
-from scoring.features import CATEGORICAL, FEATURE_PREFIX, NUMERICAL, feature_name
+from scoring.config import ScoreConfig
+from scoring.engine import EngineDecision, Rung, Takeover, choose_engine, shared_engine
+from scoring.engines.base import Engine
+from scoring.engines.build import EngineRequest, has_gpu
+from scoring.engines.cache import EngineCache
+from scoring.errors import EngineError, Reason, Stage
+from scoring.features import FEATURE_PREFIX
+from scoring.flat import BatchArrays, Logits
 from scoring.meter import Meter
+from scoring.outputs import Outputs, score_fields
 from scoring.predictor import load_predictor
-from scoring.spec import FeatureSpec, ImageModel, Scalar, TextModel
+from scoring.spec import FeatureSpec
+from scoring.storage import join, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +38,61 @@ ENGINE_COLUMN = "engine"
 _CPU_ROWS = 64
 
 
-def score_fields(spec: FeatureSpec) -> list[pa.Field]:
-    """The columns a scored row gains: `proba_<class>` float32 in class order, and `prediction`."""
-    probabilities = [pa.field(f"proba_{label}", pa.float32()) for label in spec.class_labels]
-    return [*probabilities, pa.field("prediction", prediction_type(spec))]
+@dataclass(frozen=True)
+class ActorSetup:
+    """What an actor is told beside the predictor: its name, its cores, rows for the gate and where decisions are shared.
 
+    `sample` is a table of features of this run (None: random rows). `decisions` is the folder of the run's decisions, one a
+    kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score, about.
+    """
 
-def prediction_type(spec: FeatureSpec) -> pa.DataType:
-    """float32 for regression, else the type of the class labels (text where they mix)."""
-    if spec.is_regression:
-        return pa.float32()
-    kinds = {type(label) for label in spec.class_labels}
-    types: dict[type, pa.DataType] = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-    return types[kinds.pop()] if len(kinds) == 1 else pa.string()
+    actor: str
+    num_threads: int = 1
+    sample: pa.Table | None = None
+    decisions: str | None = None
+    rows_left: int | None = None
 
 
 class Scorer:
     """Loads the predictor in `folder` and scores tables with it, in micro-batches sorted by token count."""
 
-    def __init__(self, folder: Path, spec: FeatureSpec, *, actor: str, num_threads: int, batch_rows: int) -> None:
+    def __init__(self, folder: Path, spec: FeatureSpec, config: ScoreConfig, setup: ActorSetup) -> None:
         start = time.perf_counter()
         self._spec = spec
-        self._predictor = load_predictor(folder)
-        self._engine: Engine = TorchEngine(self._predictor, spec, num_threads)
-        on_cpu = self._engine.decision.device == "cpu"
-        self._micro_rows = min(batch_rows, _CPU_ROWS) if on_cpu else batch_rows
-        self.meter = Meter(actor, self._engine.decision.provider)
-        decision, load_s = self._engine.decision, time.perf_counter() - start
-        logger.info("score actor=%s load_s=%.1f engine=%s: %s", actor, load_s, decision.name, decision.reason)
+        self._setup = setup
+        predictor = load_predictor(folder)
+        on_gpu = has_gpu() and config.engine.provider != "cpu"
+        self._micro_rows = config.batch.rows if on_gpu else min(config.batch.rows, _CPU_ROWS)
+        request = EngineRequest(
+            predictor=predictor,
+            spec=spec,
+            cache=EngineCache(config.engine.cache),
+            provider=config.engine.provider,
+            precision=config.engine.precision,
+            batch_rows=self._micro_rows,
+            num_threads=setup.num_threads,
+            rows_left=setup.rows_left,
+            max_abs_diff=config.parity.max_abs_diff,
+        )
+        self._shapes = request.shapes if on_gpu else None
+        load_s = time.perf_counter() - start
+        self._engine, self.decision = _decide(request, setup, self._batches(setup.sample))
+        self._outputs = Outputs(predictor, spec)
+        self.meter = Meter(setup.actor, self._engine.provider)
+        total_s = time.perf_counter() - start
+        logger.info(
+            "score actor=%s load_s=%.1f engine_s=%.1f engine=%s: %s",
+            setup.actor,
+            load_s,
+            total_s - load_s,
+            self.decision.name,
+            self.decision.reason,
+        )
+
+    def _batches(self, sample: pa.Table | None) -> list[BatchArrays]:
+        if sample is None or not sample.num_rows:
+            return []
+        return [arrays for _, arrays in micro_batches(sample, self._spec, self._micro_rows, self._shapes)]
 
     def score(self, table: pa.Table) -> pa.Table:
         """Replace `feat:*` by the score columns and `engine`; same rows, same order.
@@ -64,53 +100,36 @@ class Scorer:
         Rows that carry a reason get null scores; a row whose logits are not finite is marked score_nonfinite.
         """
         self.meter.start_batch()
+        if isinstance(self._engine, Takeover):
+            self._note(self._engine.settle())
         usable = np.flatnonzero(pc.is_null(table["reason"]).to_numpy(zero_copy_only=False))
-        logits = self._logits(table, usable)
+        logits = self._logits(table.take(pa.array(usable)))
         finite = np.isfinite(logits).all(axis=1)
         scored_rows = usable[finite]
         scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
-        message = f"the model's output is not finite on {self._engine.decision.name}"
+        message = f"the model's output is not finite on {engine_name(self._engine)}"
         bad = {int(row): (Reason.SCORE_NONFINITE, message) for row in usable[~finite]}
         scored = mark_rows(scored, Stage.SCORE, bad)
-        for field, values in zip(score_fields(self._spec), self._outputs(logits[finite]), strict=True):
+        for field, values in zip(score_fields(self._spec), self._outputs.columns(logits[finite]), strict=True):
             scored = scored.append_column(field, _scatter(values, scored_rows, table.num_rows, field.type))
-        scored = scored.append_column(ENGINE_COLUMN, pa.repeat(self._engine.decision.name, table.num_rows))
+        scored = scored.append_column(ENGINE_COLUMN, pa.repeat(engine_name(self._engine), table.num_rows))
         line = self.meter.end_batch(table.num_rows)
         if line is not None:
             logger.info(line)
         return scored
 
-    def _logits(self, table: pa.Table, rows: npt.NDArray[np.intp]) -> Logits:
+    def _note(self, rung: Rung | None) -> None:
+        """Keep how a compiled engine fared beside the decision, for the manifest."""
+        if rung is not None and self._setup.decisions is not None:
+            uri = join(self._setup.decisions, f"takeover-{self._setup.actor}.json")
+            write_bytes(uri, json.dumps({"actor": self._setup.actor, **asdict(rung)}).encode())
+
+    def _logits(self, table: pa.Table) -> Logits:
         width = max(1, len(self._spec.class_labels))
-        logits = np.empty((len(rows), width), dtype=np.float32)
-        if not len(rows):
-            return logits
-        lengths = np.zeros(len(rows), dtype=np.int64)
-        for model in self._spec.text_models if self._spec.text else ():
-            counts = pc.list_value_length(table[feature_name(model.prefix, "token_ids")]).to_numpy()
-            lengths = np.maximum(lengths, counts[rows])
-        # Rows of like length together: a batch is padded to its longest row.
-        order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), self._micro_rows):
-            places = order[start : start + self._micro_rows]
-            arrays = collate(table.take(pa.array(rows[places])), self._spec)
+        logits = np.empty((table.num_rows, width), dtype=np.float32)
+        for places, arrays in micro_batches(table, self._spec, self._micro_rows, self._shapes):
             logits[places] = self._engine.forward(arrays).reshape(len(places), width)
         return logits
-
-    def _outputs(self, logits: Logits) -> list[list[Any] | npt.NDArray[Any]]:
-        """Finite logits (n, classes) -> the values of `score_fields`, by upstream's own post-processing."""
-        from autogluon.multimodal.utils.misc import logits_to_prob
-
-        if not len(logits):
-            return [[] for _ in score_fields(self._spec)]
-        predicted = self._predictor._learner._df_preprocessor.transform_prediction(y_pred=logits)
-        if self._spec.is_regression:
-            return [np.asarray(predicted, dtype=np.float32).reshape(-1)]
-        probabilities = logits_to_prob(logits).astype(np.float32)
-        columns: list[list[Any] | npt.NDArray[Any]] = [probabilities[:, i] for i in range(probabilities.shape[1])]
-        as_text = prediction_type(self._spec) == pa.string()
-        labels: list[Scalar] = np.asarray(predicted).tolist()
-        return [*columns, [str(label) for label in labels] if as_text else labels]
 
     def close(self) -> None:
         """Log the last throughput line and free the engine."""
@@ -118,54 +137,26 @@ class Scorer:
         self._engine.close()
 
 
-def collate(table: pa.Table, spec: FeatureSpec) -> BatchArrays:
-    """Rows of features -> an engine's named arrays, padded to the longest row (see `engine.py`)."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name in (NUMERICAL, CATEGORICAL):
-        if name in table.column_names:
-            column = table[name].combine_chunks()
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            arrays[name.removeprefix(FEATURE_PREFIX)] = flat.reshape(table.num_rows, column.type.list_size)
-    for text_model in spec.text_models if spec.text else ():
-        arrays |= _token_arrays(table, text_model)
-    for image_model in spec.image_models if spec.image else ():
-        arrays |= _image_arrays(table, image_model)
-    return arrays
+def _decide(request: EngineRequest, setup: ActorSetup, sample: list[BatchArrays]) -> tuple[Engine, EngineDecision]:
+    from scoring.engines.torch_engine import CUDA, device_name
+
+    request = replace(request, sample=sample)
+    if setup.decisions is None:
+        return choose_engine(request)
+    device = device_name(CUDA) if has_gpu() else "cpu"
+    name = "".join(letter if letter.isalnum() else "-" for letter in device)
+    try:
+        return shared_engine(request, join(setup.decisions, f"{name}.json"))
+    except EngineError as error:
+        # Ray hands the driver an actor's death, not its error: the driver reads this one and ends as it says.
+        document = {"error": type(error).__name__, "message": str(error)}
+        write_bytes(join(setup.decisions, f"refused-{setup.actor}.json"), json.dumps(document).encode())
+        raise
 
 
-def _token_arrays(table: pa.Table, model: TextModel) -> dict[str, npt.NDArray[Any]]:
-    token_ids = table[feature_name(model.prefix, "token_ids")].combine_chunks()
-    segment_ids = table[feature_name(model.prefix, "segment_ids")].combine_chunks()
-    return {
-        f"{model.prefix}:token_ids": pad_lists(token_ids, model.pad_id),
-        f"{model.prefix}:segment_ids": pad_lists(segment_ids, 0),
-        f"{model.prefix}:valid_length": pc.list_value_length(token_ids).to_numpy().astype(np.int64),
-    }
-
-
-def pad_lists(lists: pa.ListArray, pad_value: int) -> npt.NDArray[np.int32]:
-    """Lists of int32 -> (n, longest) int32, padded at the end."""
-    lengths = pc.list_value_length(lists).to_numpy()
-    width = int(lengths.max(initial=0))
-    padded = np.full((len(lists), width), pad_value, dtype=np.int32)
-    padded[np.arange(width)[None, :] < lengths[:, None]] = lists.flatten().to_numpy()
-    return padded
-
-
-def _image_arrays(table: pa.Table, model: ImageModel) -> dict[str, npt.NDArray[Any]]:
-    valid_num = table[feature_name(model.prefix, "valid_num")].to_numpy().astype(np.int64)
-    image_num = valid_num + table[feature_name(model.prefix, "zero_num")].to_numpy().astype(np.int64)
-    width = max(1, int(image_num.max(initial=1)))
-    pixels = np.zeros((table.num_rows, width, model.size, model.size, 3), dtype=np.uint8)
-    for row, content in enumerate(table[feature_name(model.prefix, "pixels")]):
-        if valid_num[row]:
-            flat = np.frombuffer(content.as_buffer(), dtype=np.uint8)
-            pixels[row, : valid_num[row]] = flat.reshape(-1, model.size, model.size, 3)
-    return {
-        f"{model.prefix}:pixels": pixels,
-        f"{model.prefix}:valid_num": valid_num,
-        f"{model.prefix}:image_num": image_num,
-    }
+def engine_name(engine: Engine) -> str:
+    """How a part names the engine that scored it."""
+    return f"{engine.provider}-{engine.precision}-{engine.device}"
 
 
 def _scatter(

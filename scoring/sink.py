@@ -18,7 +18,8 @@ from ray.data.datasource import Datasink
 
 from scoring.columns import KEEP_PREFIX, MARK_FIELDS, SHARD, SOURCE_FILE, SOURCE_ROW, ReadSchema
 from scoring.ledger import AttemptFolder, PartFile, Receipt, ShardReceipt, identity_checksum, to_ranges
-from scoring.scorer import ENGINE_COLUMN, score_fields
+from scoring.outputs import score_fields
+from scoring.scorer import ENGINE_COLUMN
 from scoring.spec import FeatureSpec
 
 # Rows a part: small enough that a crash repeats little, large enough that a million rows are 50 files, not 4,000.

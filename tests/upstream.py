@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from scoring.config import ImagesConfig, InputConfig
+from scoring.config import ImagesConfig, InputConfig, ScoreConfig
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.reading import read_shard
@@ -73,7 +73,7 @@ def compare_one(predictor_path: Path, rows: Path) -> Comparison:
     import torch
 
     from scoring.predictor import extract_spec, load_predictor
-    from scoring.scorer import Scorer
+    from scoring.scorer import ActorSetup, Scorer
 
     torch.set_num_threads(1)
     predictor = load_predictor(predictor_path)
@@ -84,7 +84,15 @@ def compare_one(predictor_path: Path, rows: Path) -> Comparison:
     frame = pd.read_parquet(rows)[good].reset_index(drop=True)
     usable = features.filter(pa.array(good))
     wanted = reference(predictor, frame)
-    scorer = Scorer(predictor_path, spec, actor="test", num_threads=1, batch_rows=256)
+    config = ScoreConfig.model_validate(
+        {
+            "input": {"paths": (str(rows),)},
+            "predictor": {"path": str(predictor_path)},
+            "output": {"path": "unused"},
+            "engine": {"provider": "torch", "precision": "fp32", "cache": str(predictor_path.parents[1] / "cache")},
+        }
+    )
+    scorer = Scorer(predictor_path, spec, config, ActorSetup(actor="test"))
     scores = {
         "256": scorer.score(usable),
         "1": pa.concat_tables([scorer.score(usable.slice(row, 1)) for row in range(usable.num_rows)]),
@@ -124,21 +132,29 @@ def reference(predictor: Any, frame: pd.DataFrame) -> pd.DataFrame:
 
 def compare_features(predictor: Any, spec: FeatureSpec, table: pa.Table, frame: pd.DataFrame) -> dict[str, float]:
     """Upstream's process_batch against ours on the first 96 rows, key by key, after the torch engine's conversion."""
-    from scoring.engine import TorchEngine
-    from scoring.scorer import collate
+    import torch
+
+    from scoring.collate import collate
+    from scoring.flat import flat_model
 
     learner = predictor._learner
     processors = learner.get_data_processors_per_run(learner._data_processors, requires_label=False, is_train=False)
     head = frame.head(96)
     upstream = learner.process_batch(head, learner._df_preprocessor, processors)
-    ours = TorchEngine(predictor, spec, num_threads=1)._upstream_batch(collate(table.slice(0, len(head)), spec))
+    arrays = {
+        name: torch.from_numpy(np.array(array)) for name, array in collate(table.slice(0, len(head)), spec).items()
+    }
+    ours: dict[str, Any] = flat_model(predictor, spec, "fp32").upstream_batch(arrays)  # type: ignore[operator]
     differences: dict[str, float] = {}
     for key, value in upstream.items():
         if key.endswith("choices_ids"):  # few-shot prompts only; no scored model reads it
             continue
         left = value if isinstance(value, tuple) else (value,)
         right = ours[key] if isinstance(ours[key], tuple) else (ours[key],)
-        same_shape = [tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype for a, b in zip(left, right, strict=True)]
+        same_shape = [
+            tuple(a.shape) == tuple(b.shape) and (a.dtype == b.dtype or "valid_num" in key)
+            for a, b in zip(left, right, strict=True)
+        ]
         pairs = zip(left, right, strict=True)
         differences[key] = (
             max(float((a.double() - b.double()).abs().max()) for a, b in pairs) if all(same_shape) else np.nan

@@ -26,9 +26,17 @@ class EngineUnavailable(Exception):  # noqa: N818 -- not an error of the run unt
 class Engine(Protocol):
     """Runs one predictor's network."""
 
-    provider: str
-    precision: Precision
-    device: str
+    @property
+    def provider(self) -> str:
+        """auto's ladder and the configuration call it this."""
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in."""
+
+    @property
+    def device(self) -> str:
+        """The GPU's product name, or cpu."""
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """Logits (n, classes) or (n, 1) of a batch, float32 on the host, rows in order."""
@@ -78,9 +86,9 @@ def pad_arrays(arrays: BatchArrays, rows: int, tokens: int) -> dict[str, npt.NDA
         widths = [(0, 0)] * array.ndim
         if name.endswith((":token_ids", ":segment_ids")) and array.shape[1] < tokens:
             widths[1] = (0, tokens - array.shape[1])
-            array = np.pad(array, widths)  # noqa: PLW2901 -- one array, grown in two steps
+            array = np.pad(array, widths)
         if missing_rows:
-            array = np.concatenate([array, np.repeat(array[-1:], missing_rows, axis=0)])  # noqa: PLW2901
+            array = np.concatenate([array, np.repeat(array[-1:], missing_rows, axis=0)])
         padded[name] = array
     return padded
 

@@ -46,7 +46,13 @@ class TorchEngine:
     provider = "torch"
 
     def __init__(
-        self, predictor: "MultiModalPredictor", spec: FeatureSpec, precision: Precision, *, use_gpu: bool, num_threads: int
+        self,
+        predictor: "MultiModalPredictor",
+        spec: FeatureSpec,
+        precision: Precision,
+        *,
+        use_gpu: bool,
+        num_threads: int,
     ) -> None:
         import torch
 
@@ -100,12 +106,14 @@ class CompiledEngine:
         self.device = device_name(CUDA)
         self._shapes = shapes
         self._names = [item.name for item in describe_inputs(spec)]
-        self._model = flat_model(predictor, spec, precision).to(CUDA, memory_format=torch.channels_last)
+        self._model = flat_model(predictor, spec, precision).to(device=CUDA, memory_format=torch.channels_last)
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
         self._compiled = torch.compile(self._model, dynamic=True, fullgraph=False)
-        arrays = synthetic_arrays(predictor, spec, rows=shapes.rows[-1], tokens=shapes.tokens[0] if shapes.tokens else 0)
+        arrays = synthetic_arrays(
+            predictor, spec, rows=shapes.rows[-1], tokens=shapes.tokens[0] if shapes.tokens else 0
+        )
         with torch.inference_mode():
             self._compiled(*(to_tensor(arrays[name], CUDA) for name in self._names))
         torch.cuda.synchronize()
@@ -138,7 +146,7 @@ class _Graph:
         import torch
 
         self._inputs = [tensor.clone() for tensor in tensors]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.inference_mode():
             for _ in range(2):  # cuBLAS and cuDNN make their workspaces at a first call, which cannot be captured
@@ -156,4 +164,5 @@ class _Graph:
         for buffer, tensor in zip(self._inputs, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         self._graph.replay()
-        return self._logits
+        logits: torch.Tensor = self._logits
+        return logits

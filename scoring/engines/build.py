@@ -1,0 +1,274 @@
+"""Building engines: what each one needs is exported, rewritten and compiled once, through the cache.
+
+Owns the request an engine is built for, the cache keys and the providers' preconditions. Which engine is used is
+`engine.py`'s choice.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from scoring.engines.base import Engine, EngineUnavailable, Shapes
+from scoring.engines.cache import EngineCache, Key
+from scoring.export import EXPORT_VERSION, AttentionShape, Target, export_onnx, optimize_graph
+from scoring.flat import BatchArrays, Precision, synthetic_arrays
+from scoring.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from autogluon.multimodal import MultiModalPredictor
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What an engine is wanted for.
+
+    `sample` are micro-batches of the run's own rows, for the gate and the clock; `rows_left` what remains to be scored on
+    this device (None: unknown, and any build pays).
+    """
+
+    predictor: "MultiModalPredictor"
+    spec: FeatureSpec
+    cache: EngineCache
+    provider: str = "auto"
+    precision: str = "auto"
+    batch_rows: int = 256
+    num_threads: int = 1
+    sample: Sequence[BatchArrays] = ()
+    rows_left: int | None = None
+    max_abs_diff: float = 0.005
+    provider_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """ONNX Runtime options by provider (`cuda`, `tensorrt`), over ours."""
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes.of(self.spec, self.batch_rows)
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a GPU that torch can use."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def synthetic_sample(request: EngineRequest) -> list[BatchArrays]:
+    """Random valid batches, where no rows are at hand: one of every token step up to 256, at most a full batch of rows."""
+    rows = min(request.batch_rows, 64)
+    steps = [step for step in request.shapes.tokens if step <= 256] or [
+        request.shapes.tokens[0] if request.shapes.tokens else 0
+    ]
+    return [
+        synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=tokens, seed=i)
+        for i, tokens in enumerate(steps)
+    ]
+
+
+def build_engine(request: EngineRequest, provider: str, precision: Precision) -> tuple[Engine, float]:
+    """An engine, and the seconds it took. Raises EngineUnavailable with the reason."""
+    start = time.perf_counter()
+    engine = _BUILDERS[provider](request, precision)
+    return engine, time.perf_counter() - start
+
+
+def _build_torch(request: EngineRequest, precision: Precision) -> Engine:
+    from scoring.engines.torch_engine import TorchEngine
+
+    return TorchEngine(request.predictor, request.spec, precision, use_gpu=has_gpu(), num_threads=request.num_threads)
+
+
+def _build_cpu(request: EngineRequest, precision: Precision) -> Engine:
+    from scoring.engines.onnx_engine import OnnxCpuEngine
+
+    if precision != "fp32":
+        raise EngineUnavailable("the cpu engine computes in fp32; set engine.precision=fp32 or auto")
+    graph = build_graph(request, precision, "onnxruntime")
+    return OnnxCpuEngine(graph, request.spec, request.num_threads)
+
+
+def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
+    from scoring.engines.onnx_engine import OnnxGpuEngine, cuda_options
+
+    _need_gpu("cuda")
+    options = {**cuda_options(precision), **request.provider_options.get("cuda", {})}
+    graph = build_graph(request, precision, "onnxruntime")
+    return OnnxGpuEngine(graph, request.spec, precision, request.shapes, provider="cuda", options=options)
+
+
+def _build_tensorrt(request: EngineRequest, precision: Precision) -> Engine:
+    """TensorRT 10 through ONNX Runtime where its library loads, else TensorRT for RTX where the GPU is one it runs on."""
+    _need_gpu("tensorrt")
+    missing = _missing_tensorrt()
+    if missing is None:
+        return _build_tensorrt10(request, precision)
+    try:
+        return _build_rtx(request, precision)
+    except EngineUnavailable as error:
+        raise EngineUnavailable(f"TensorRT 10: {missing}; {error}") from error
+
+
+def _need_gpu(provider: str) -> None:
+    if not has_gpu():
+        raise EngineUnavailable(f"no GPU is visible to this process, and {provider} needs one")
+
+
+def _missing_tensorrt() -> str | None:
+    library = "libnvinfer.so.10"
+    spec = importlib.util.find_spec("tensorrt_libs")
+    places = [str(Path(place) / library) for place in (spec.submodule_search_locations or ())] if spec else []
+    for place in (*places, library):
+        try:
+            ctypes.CDLL(place, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return None
+    return f"{library} does not load; install multimodal-scorer[tensorrt] (from NVIDIA's index)"
+
+
+def _build_tensorrt10(request: EngineRequest, precision: Precision) -> Engine:
+    from scoring.engines.onnx_engine import OnnxGpuEngine, tensorrt_options
+
+    graph = build_graph(request, precision, "tensorrt")
+    # ONNX Runtime names cache files after the graph's structure: two models of one shape would share an engine. A folder a
+    # key, filled under the lock of its entry.
+    key = _tensorrt_key(request, precision, "tensorrt10", _package("tensorrt-cu13-libs"))
+
+    def build(folder: Path) -> None:
+        options = {
+            **tensorrt_options(request.spec, request.shapes, folder),
+            **request.provider_options.get("tensorrt", {}),
+        }
+        engine = OnnxGpuEngine(graph, request.spec, precision, request.shapes, provider="tensorrt", options=options)
+        for arrays in synthetic_sample(request)[:1]:
+            engine.forward(arrays)
+        engine.close()
+
+    folder = request.cache.get(key, build)
+    options = {**tensorrt_options(request.spec, request.shapes, folder), **request.provider_options.get("tensorrt", {})}
+    return OnnxGpuEngine(graph, request.spec, precision, request.shapes, provider="tensorrt", options=options)
+
+
+def _build_rtx(request: EngineRequest, precision: Precision) -> Engine:
+    from scoring.engines.rtx_engine import RtxEngine, bindings, build_rtx
+
+    bindings()
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    capability = f"SM{major}{minor}"
+    key = _tensorrt_key(request, precision, "rtx", _package("tensorrt-rtx-cu13-libs"))
+    # An engine for a GPU that is not supported is built for the nearest that is, and refused when it is read, with
+    # TensorRT's own words.
+    target = capability if capability in _rtx_capabilities() else "SM89"
+    graph = build_graph(request, precision, "tensorrt")
+    folder = request.cache.get(
+        key, lambda folder: build_rtx(graph, request.spec, request.shapes, target, folder / "engine.plan")
+    )
+    return RtxEngine(folder / "engine.plan", request.spec, precision, request.shapes)
+
+
+def _rtx_capabilities() -> tuple[str, ...]:
+    from scoring.engines.rtx_engine import CAPABILITIES
+
+    return CAPABILITIES
+
+
+_BUILDERS: Mapping[str, Callable[[EngineRequest, Precision], Engine]] = {
+    "torch": _build_torch,
+    "cpu": _build_cpu,
+    "cuda": _build_cuda,
+    "tensorrt": _build_tensorrt,
+}
+
+
+def build_graph(request: EngineRequest, precision: Precision, runs_on: Target) -> Path:
+    """The exported graph in its form for one kind of engine, from the cache or made now."""
+    export_parts = {
+        "weights": weights_hash(request.predictor, request.spec),
+        "export": str(EXPORT_VERSION),
+        **{name: _package(name) for name in ("torch", "transformers", "timm", "autogluon.multimodal", "onnx")},
+    }
+    graph_parts = {**export_parts, "precision": precision, "runs_on": runs_on, "optimizer": _onnxruntime_version()}
+
+    def build(folder: Path) -> None:
+        exported = request.cache.get(
+            Key("export", export_parts),
+            lambda place: export_onnx(request.predictor, request.spec, place / "model.onnx"),
+        )
+        attention = AttentionShape.of(request.predictor)
+        optimize_graph(exported / "model.onnx", folder / "model.onnx", precision, runs_on, attention)
+
+    return request.cache.get(Key("graph", graph_parts), build) / "model.onnx"
+
+
+def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, library: str) -> Key:
+    import torch
+
+    return Key(
+        kind,
+        {
+            "weights": weights_hash(request.predictor, request.spec),
+            "export": str(EXPORT_VERSION),
+            "precision": precision,
+            "library": library,
+            "onnxruntime": _onnxruntime_version(),
+            "gpu": torch.cuda.get_device_name(0),
+            "capability": "{}.{}".format(*torch.cuda.get_device_capability(0)),
+            "shapes": json.dumps([request.shapes.rows, request.shapes.tokens]),
+        },
+    )
+
+
+def _package(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _onnxruntime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def weights_hash(predictor: "MultiModalPredictor", spec: FeatureSpec) -> str:
+    """sha256 over the network's weights and the feature spec: what two predictors of one shape differ in."""
+    model = original_model(predictor)
+    digest = hashlib.sha256(spec.to_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(_bytes_type()).numpy().data)
+    return digest.hexdigest()
+
+
+def _bytes_type() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def original_model(predictor: "MultiModalPredictor") -> Any:
+    """The predictor's own network, also after `optimize_for_inference` put an engine in its place."""
+    model = predictor._learner._model
+    return getattr(model, "original", model)
+
+
+def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
+    """The compiled torch engine; one process a machine compiles, the others find its kernels in inductor's cache."""
+    from scoring.engines.torch_engine import CompiledEngine
+
+    folder = request.cache.local / "inductor"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    with FileLock(folder / f"{weights_hash(request.predictor, request.spec)[:16]}-{precision}.lock"):
+        return CompiledEngine(request.predictor, request.spec, precision, request.shapes)
