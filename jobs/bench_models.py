@@ -6,6 +6,7 @@ Speed needs the architecture alone; a short fit gives the head something to say,
 Owns the recipes; the rows are the demo's pets.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,9 +46,7 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     SEED_MODEL: Recipe(FUSION, EVERYTHING),
     # What AutoGluon's own presets train.
-    "preset": Recipe(
-        PRESET, EVERYTHING, image={"small": "mobilenetv3_small_050", "usual": "mobilenetv3_large_100"}
-    ),
+    "preset": Recipe(PRESET, EVERYTHING, image={"small": "mobilenetv3_small_050", "usual": "mobilenetv3_large_100"}),
     "fusion_transformer": Recipe(
         ("ft_transformer", "fusion_transformer", "hf_text", "timm_image"), EVERYTHING, "multiclass"
     ),
@@ -102,6 +101,7 @@ def build_predictor(name: str, folder: Path, size: Size) -> Path:
         column_types=types,
         hyperparameters=settings,
         min_spread=0.0,
+        num_threads=max(1, (os.cpu_count() or 1) // 2),
     )
     widen(folder / "predictor", rows.drop(columns=label))
     (folder / "done").touch()
@@ -120,7 +120,7 @@ def widen(predictor_path: Path, rows: pd.DataFrame) -> None:
     keep = model.register_forward_hook(lambda _module, _inputs, output: logits.append(_find_logits(model, output)))
     learner.predict(rows.head(64), realtime=True)
     keep.remove()
-    found = torch.cat(logits)
+    found = torch.cat(logits).cpu()
     factor = 0.5 / float(found.std(dim=0).max())
     path = predictor_path / "model.ckpt"
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)

@@ -196,8 +196,9 @@ def fit_small(
     column_types: Mapping[str, str],
     hyperparameters: Mapping[str, object],
     min_spread: float = 1e-3,
+    num_threads: int = 1,
 ) -> None:
-    """Fit a predictor on one core in seconds. Raises RuntimeError if it ignores a column or answers the same to all.
+    """Fit a predictor on a core or a few in seconds. Raises RuntimeError if it ignores a column or answers the same to all.
 
     `min_spread` is the least standard deviation of its answers that counts as an answer.
     """
@@ -206,7 +207,7 @@ def fit_small(
 
     # Models this small gain nothing from a second thread, and where other processes want the cores too, two threads
     # that wait for each other took eight times as long.
-    torch.set_num_threads(1)
+    torch.set_num_threads(num_threads)
     predictor = MultiModalPredictor(
         label=label, problem_type=problem_type, path=str(folder), verbosity=1, enable_progress_bar=False
     )

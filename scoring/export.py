@@ -106,6 +106,8 @@ def optimize_graph(
     source: Path, target: Path, precision: Precision, runs_on: Target, attention: AttentionShape
 ) -> None:
     """Rewrite an exported graph for one kind of engine: fused for ONNX Runtime, plain for TensorRT; fp16 or fp32."""
+    # It tells every fusion it tries at INFO.
+    logging.getLogger("onnxruntime.transformers").setLevel(logging.WARNING)
     from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -131,7 +133,17 @@ def optimize_graph(
             node_block_list=pixels,
             disable_shape_infer=_is_large(graph.model),
         )
+    _name_apart(graph.model)
     graph.save_model_to_file(str(target), use_external_data_format=_is_large(graph.model))
+
+
+def _name_apart(model: "onnx.ModelProto") -> None:
+    """Give every node a name of its own: the fp16 converter names the casts of two blocked nodes alike."""
+    seen: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        if node.name in seen:
+            node.name = f"{node.name}_{i}"
+        seen.add(node.name)
 
 
 def _load(path: Path) -> "onnx.ModelProto":

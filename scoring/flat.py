@@ -136,7 +136,7 @@ def flat_model(
             for image_model in spec.image_models:
                 mean, std = np.array(image_model.mean), np.array(image_model.std)
                 for name, values in (("scale", 1 / (255 * std)), ("shift", -mean / std)):
-                    constant = torch.tensor(values, dtype=torch.float32).view(1, 1, 3, 1, 1)
+                    constant = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
                     self.register_buffer(f"{image_model.prefix}_{name}", constant)
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
