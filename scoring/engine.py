@@ -17,7 +17,16 @@ import numpy as np
 from filelock import FileLock
 
 from scoring.engines.base import Engine, EngineUnavailable, num_rows
-from scoring.engines.build import EngineRequest, build_compiled, build_engine, has_gpu, synthetic_sample
+from scoring.engines.build import (
+    DEFAULT_CACHE,
+    EngineRequest,
+    build_compiled,
+    build_engine,
+    has_gpu,
+    original_model,
+    synthetic_sample,
+)
+from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, ParityError
 from scoring.flat import BatchArrays, Logits, Precision
 from scoring.outputs import Outputs
@@ -27,9 +36,12 @@ from scoring.storage import create_exclusive, exists, read_bytes
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from autogluon.multimodal import MultiModalPredictor
+
 logger = logging.getLogger(__name__)
 
-DEFAULT_CACHE = "~/.cache/multimodal-scorer"
 _TIMED_S = 1.0
 # What a rung costs before its first batch when the cache is empty (seconds, measured on an H100 with the seed model).
 _BUILD_S = {"torch": 0.0, "cpu": 8.0, "cuda": 12.0, "tensorrt": 60.0}
@@ -362,3 +374,83 @@ class Takeover:
     def close(self) -> None:
         """See `Engine.close`; a build under way is left to end with the process."""
         self._engine.close()
+
+
+def optimize_for_inference(
+    predictor: "MultiModalPredictor",
+    provider: str = "auto",
+    precision: str = "auto",
+    cache: str = DEFAULT_CACHE,
+    *,
+    providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
+    sample: "pd.DataFrame | None" = None,
+    batch_rows: int = 256,
+    max_abs_diff: float = 0.005,
+) -> EngineDecision:
+    """Make a loaded predictor fast: `predict`, `predict_proba` and `evaluate` then use the engine that was chosen.
+
+    The same call as upstream's, which fails for every fusion model in AutoGluon 1.6.3; it also takes upstream's `providers`
+    (ONNX Runtime's names, or pairs of name and options), which are tried in their order. The engine is checked against the
+    fp32 network on `sample` (rows as for `predict_proba`) or on random rows. `fit()` raises afterwards.
+
+    Raises EngineError when nothing named can run here, ParityError when its scores are not the reference's, PredictorError
+    for a predictor that cannot be scored row by row.
+    """
+    from functools import partial
+
+    from scoring.optimize import install, named_arrays
+    from scoring.predictor import extract_spec
+
+    predictor._learner._model = original_model(predictor)
+    spec = extract_spec(predictor)
+    arrays: tuple[BatchArrays, ...] = ()
+    if sample is not None:
+        learner = predictor._learner
+        processors = learner.get_data_processors_per_run(learner._data_processors, requires_label=False, is_train=False)
+        batches = [sample.iloc[start : start + batch_rows] for start in range(0, len(sample), batch_rows)]
+        arrays = tuple(
+            named_arrays(learner.process_batch(rows, learner._df_preprocessor, processors), spec) for rows in batches
+        )
+    request = EngineRequest(
+        predictor,
+        spec,
+        EngineCache(cache),
+        provider=provider,
+        precision=precision,
+        batch_rows=batch_rows,
+        num_threads=_num_threads(),
+        sample=arrays,
+        max_abs_diff=max_abs_diff,
+    )
+    engine, decision = choose_engine(request) if providers is None else _first_of(request, providers)
+    if isinstance(engine, Takeover):
+        # Nobody scores meanwhile: wait, as upstream's call does ("this may take a few minutes").
+        engine.settle(wait=True)
+    install(predictor, engine, spec, partial(optimize_for_inference, predictor))
+    return decision
+
+
+def _first_of(
+    request: EngineRequest, providers: Sequence[str | tuple[str, Mapping[str, Any]]]
+) -> tuple[Engine, EngineDecision]:
+    """Upstream's list: the first provider that runs and passes is used. Raises EngineError when none does."""
+    from scoring.optimize import PROVIDERS
+
+    refusals = []
+    for item in providers:
+        name, options = (item, {}) if isinstance(item, str) else item
+        if name not in PROVIDERS:
+            raise EngineError(f"providers: {name!r} is unknown; known are {', '.join(PROVIDERS)}")
+        own = PROVIDERS[name]
+        try:
+            return choose_engine(replace(request, provider=own, provider_options={own: options}))
+        except EngineError as error:
+            logger.warning("engine: %s was passed over: %s", name, error)
+            refusals.append(str(error))
+    raise EngineError("providers: none of them can be used: " + " ".join(refusals))
+
+
+def _num_threads() -> int:
+    import torch
+
+    return int(torch.get_num_threads())

@@ -124,8 +124,9 @@ def optimize_graph(
     else:
         graph = OnnxModel(_load(source))
     if precision == "fp16":
-        # Pixels are scaled in float32: what our own forward does, outside upstream's model.
-        pixels = [node.name for node in graph.model.graph.node if not node.name.startswith("/model")]
+        # Pixels are scaled in float32: what our own forward does, outside upstream's model. The names are the exported
+        # graph's, since a fused node has a new one.
+        pixels = [name for name in _node_names(source) if not name.startswith("/model")]
         blocked = _blocked_ops(_TENSORRT_FLOAT32 if runs_on == "tensorrt" else ())
         graph.convert_float_to_float16(
             keep_io_types=True,
@@ -133,17 +134,23 @@ def optimize_graph(
             node_block_list=pixels,
             disable_shape_infer=_is_large(graph.model),
         )
-    _name_apart(graph.model)
+    _drop_repeated_casts(graph.model)
     graph.save_model_to_file(str(target), use_external_data_format=_is_large(graph.model))
 
 
-def _name_apart(model: "onnx.ModelProto") -> None:
-    """Give every node a name of its own: the fp16 converter names the casts of two blocked nodes alike."""
+def _drop_repeated_casts(model: "onnx.ModelProto") -> None:
+    """Keep one of the equal casts that the fp16 converter adds where two float32 islands read one value."""
     seen: set[str] = set()
-    for i, node in enumerate(model.graph.node):
-        if node.name in seen:
-            node.name = f"{node.name}_{i}"
-        seen.add(node.name)
+    for node in list(model.graph.node):
+        if node.op_type == "Cast" and node.output[0] in seen:
+            model.graph.node.remove(node)
+        seen.add(node.output[0])
+
+
+def _node_names(path: Path) -> list[str]:
+    import onnx
+
+    return [node.name for node in onnx.load(str(path), load_external_data=False).graph.node]
 
 
 def _load(path: Path) -> "onnx.ModelProto":

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from autogluon.multimodal import MultiModalPredictor
 
 
+DEFAULT_CACHE = "~/.cache/multimodal-scorer"
+
+
 @dataclass(frozen=True)
 class EngineRequest:
     """What an engine is wanted for.
@@ -92,7 +95,7 @@ def _build_cpu(request: EngineRequest, precision: Precision) -> Engine:
     if precision != "fp32":
         raise EngineUnavailable("the cpu engine computes in fp32; set engine.precision=fp32 or auto")
     graph = build_graph(request, precision, "onnxruntime")
-    return OnnxCpuEngine(graph, request.spec, request.num_threads)
+    return OnnxCpuEngine(graph, request.num_threads)
 
 
 def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
@@ -144,7 +147,7 @@ def _build_tensorrt10(request: EngineRequest, precision: Precision) -> Engine:
 
     def build(folder: Path) -> None:
         options = {
-            **tensorrt_options(request.spec, request.shapes, folder),
+            **tensorrt_options(graph, request.spec, request.shapes, folder),
             **request.provider_options.get("tensorrt", {}),
         }
         engine = OnnxGpuEngine(graph, request.spec, precision, request.shapes, provider="tensorrt", options=options)
@@ -153,7 +156,10 @@ def _build_tensorrt10(request: EngineRequest, precision: Precision) -> Engine:
         engine.close()
 
     folder = request.cache.get(key, build)
-    options = {**tensorrt_options(request.spec, request.shapes, folder), **request.provider_options.get("tensorrt", {})}
+    options = {
+        **tensorrt_options(graph, request.spec, request.shapes, folder),
+        **request.provider_options.get("tensorrt", {}),
+    }
     return OnnxGpuEngine(graph, request.spec, precision, request.shapes, provider="tensorrt", options=options)
 
 

@@ -5,7 +5,7 @@ what runs is read back from it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class OnnxCpuEngine:
     precision: Precision = "fp32"
     device = "cpu"
 
-    def __init__(self, graph: Path, spec: FeatureSpec, num_threads: int) -> None:
+    def __init__(self, graph: Path, num_threads: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -46,8 +46,9 @@ class OnnxCpuEngine:
         options.inter_op_num_threads = 1
         # Threads that spin while they wait starve the feature workers on the other cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._names = [item.name for item in describe_inputs(spec)]
         self._session = _session(graph, options, "cpu", {})
+        # An input that the network ignores (segment ids in DeBERTa) is not in its graph.
+        self._names = [item.name for item in self._session.get_inputs()]
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
@@ -86,6 +87,7 @@ class OnnxGpuEngine:
         # One stream for torch's copies and the session: no event to wait for between them.
         stream = {"user_compute_stream": str(self._stream.cuda_stream)} if self._stream.cuda_stream else {}
         self._session = _session(graph, onnxruntime.SessionOptions(), provider, {**stream, **options})
+        self._bound = {item.name for item in self._session.get_inputs()}
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
@@ -101,6 +103,8 @@ class OnnxGpuEngine:
 
         binding = self._session.io_binding()
         for item, tensor in zip(self._inputs, tensors, strict=True):
+            if item.name not in self._bound:
+                continue
             binding.bind_input(item.name, "cuda", 0, np.dtype(item.dtype), list(tensor.shape), tensor.data_ptr())
         logits = torch.empty((len(tensors[0]), self._width), dtype=torch.float32, device=CUDA)
         binding.bind_output("logits", "cuda", 0, np.float32, list(logits.shape), logits.data_ptr())
@@ -124,9 +128,12 @@ def cuda_options(precision: Precision) -> dict[str, Any]:
     }
 
 
-def tensorrt_options(spec: FeatureSpec, shapes: Shapes, cache: Path) -> dict[str, Any]:
+def tensorrt_options(graph: Path, spec: FeatureSpec, shapes: Shapes, cache: Path) -> dict[str, Any]:
     """The TensorRT provider's options: one explicit profile over all shapes, engine and timing cache in `cache`."""
-    low, best, high = (_profile(spec, shapes, place) for place in (0, -2, -1))
+    import onnx
+
+    names = {item.name for item in onnx.load(str(graph), load_external_data=False).graph.input}
+    low, best, high = (_profile(spec, shapes, place, names) for place in (0, -2, -1))
     return {
         "device_id": 0,
         "trt_max_workspace_size": _TENSORRT_WORKSPACE,
@@ -142,10 +149,10 @@ def tensorrt_options(spec: FeatureSpec, shapes: Shapes, cache: Path) -> dict[str
     }
 
 
-def _profile(spec: FeatureSpec, shapes: Shapes, place: int) -> str:
+def _profile(spec: FeatureSpec, shapes: Shapes, place: int, names: Collection[str]) -> str:
     rows, tokens = _at(shapes.rows, place), _at(shapes.tokens, place)
     images = {f"{model.prefix}:images": max(1, len(spec.image) * model.max_images) for model in spec.image_models}
-    sizes = {item.name: sizes_of(item, rows, tokens, images) for item in describe_inputs(spec)}
+    sizes = {item.name: sizes_of(item, rows, tokens, images) for item in describe_inputs(spec) if item.name in names}
     return ",".join(f"{name}:{'x'.join(map(str, size))}" for name, size in sizes.items())
 
 

@@ -106,9 +106,11 @@ class CompiledEngine:
         self.device = device_name(CUDA)
         self._shapes = shapes
         self._names = [item.name for item in describe_inputs(spec)]
-        self._model = flat_model(predictor, spec, precision).to(device=CUDA, memory_format=torch.channels_last)
+        self._model = flat_model(predictor, spec, precision).to(CUDA)
+        # Convolutions in half want it.
+        self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
         self._compiled = torch.compile(self._model)
         arrays = synthetic_arrays(
             predictor, spec, rows=shapes.rows[-1], tokens=shapes.tokens[-1] if shapes.tokens else 0

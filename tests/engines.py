@@ -1,0 +1,304 @@
+"""Engines on real predictors, in one process that imports AutoGluon once; figures as JSON.
+
+    python -m tests.engines OUT.json CACHE NAME=PREDICTOR:ROWS.parquet [...]
+
+The parts: `compare_engines` (a predictor on every engine here, against the fp32 network on its own rows), `run_tutorial` (the
+TensorRT tutorial's flow), `deploy` (upstream's deployment test, re-expressed), `build_ahead` (TensorRT for RTX without a
+GPU), `share_cache`, `mistrust` (a deliberately wrong engine) and `start_together`.
+"""
+
+import json
+import logging
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from scoring.spec import FeatureSpec
+from tests.upstream import build_features
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TUTORIAL_ROWS = 24
+
+
+def run(out: Path, cache: Path, pairs: dict[str, tuple[Path, Path]], *parts: str) -> dict[str, Any]:
+    """Run the named parts in one subprocess: pytest's own process never imports AutoGluon."""
+    arguments = [f"{name}={predictor}:{rows}" for name, (predictor, rows) in pairs.items()]
+    command = [sys.executable, "-m", "tests.engines", str(out), str(cache), ",".join(parts), *arguments]
+    done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    document: dict[str, Any] = json.loads(out.read_text())
+    return document
+
+
+class Subject:
+    """A predictor, its rows, and their features where they are asked for."""
+
+    def __init__(self, name: str, predictor: Path, rows: Path, cache: Path) -> None:
+        from scoring.predictor import extract_spec, load_predictor
+
+        self.name, self.path, self.rows_path, self.cache = name, predictor, rows, cache
+        self.predictor = load_predictor(predictor)
+        self.spec: FeatureSpec = extract_spec(self.predictor)
+        self.rows = pd.read_parquet(rows)
+
+    def batches(self, max_rows: int = 64) -> list[Any]:
+        from scoring.collate import micro_batches
+
+        features = build_features(self.spec, self.rows_path)
+        good = features.filter(pa.array([reason is None for reason in features["reason"].to_pylist()]))
+        return [arrays for _, arrays in micro_batches(good, self.spec, max_rows, self.request().shapes)]
+
+    def request(self, **changes: Any) -> Any:
+        from dataclasses import replace
+
+        from scoring.engines.build import EngineRequest
+        from scoring.engines.cache import EngineCache
+
+        return replace(EngineRequest(self.predictor, self.spec, EngineCache(str(self.cache)), batch_rows=64), **changes)
+
+
+def compare_engines(subject: Subject) -> dict[str, Any]:
+    """{engine: parity figures or why it is not there}, for every provider and precision that this machine has."""
+    from scoring.engine import Gate, Takeover, choose_engine
+    from scoring.engines.build import build_compiled, build_engine, has_gpu
+    from scoring.errors import EngineError
+
+    batches = subject.batches()
+    gate = Gate(subject.request(sample=batches))
+    table: dict[str, Any] = {}
+    ways: list[tuple[str, str]] = [("torch", "fp32"), ("cpu", "fp32")]
+    if has_gpu():
+        ways = [("torch", "fp32"), ("cuda", "fp32"), ("torch", "fp16"), ("cuda", "fp16"), ("compiled", "fp16")]
+    for provider, precision in ways:
+        try:
+            request = subject.request(sample=batches)
+            is_compiled = provider == "compiled"
+            engine = build_compiled(request, "fp16") if is_compiled else build_engine(request, provider, precision)[0]  # type: ignore[arg-type]
+            table[f"{provider}-{precision}"] = gate.parity(engine).to_dict()
+            engine.close()
+        except Exception as error:
+            table[f"{provider}-{precision}"] = {"failed": f"{type(error).__name__}: {error}"[:400]}
+    try:
+        engine, decision = choose_engine(subject.request(sample=batches))
+        if isinstance(engine, Takeover):
+            engine.settle(wait=True)
+        table["auto"] = {"chosen": decision.name, "rungs": [str(rung) for rung in decision.rungs]}
+        engine.close()
+    except EngineError as error:
+        table["auto"] = {"failed": str(error)}
+    spread = gate._scores(gate.reference_engine)
+    return {"engines": table, "spread": float(spread.std(axis=0).max()), "problem_type": subject.spec.problem_type}
+
+
+def run_tutorial(subject: Subject) -> dict[str, Any]:
+    """Load, predict, optimise, predict twice, `assert_allclose(atol=0.01)`, `evaluate` on both, and what fit() says."""
+    from scoring.engine import optimize_for_inference
+    from scoring.predictor import load_predictor
+
+    rows = subject.rows.head(TUTORIAL_ROWS)
+    labelled = rows.assign(**{subject.spec.label: subject.predictor.predict(rows, realtime=True)})
+    plain = load_predictor(subject.path)
+    before = plain.predict_proba(rows)
+    fast = load_predictor(subject.path)
+    decision = optimize_for_inference(fast, cache=str(subject.cache))
+    first, second = fast.predict_proba(rows), fast.predict_proba(rows)
+    realtime = fast.predict_proba(rows, realtime=True)
+    np.testing.assert_allclose(first, before, atol=0.01)
+    np.testing.assert_allclose(second, first, atol=1e-6)
+    metrics = [model.evaluate(labelled) for model in (plain, fast)]
+    again = fast.optimize_for_inference(providers=["CPUExecutionProvider"])
+    try:
+        fast.fit(labelled)
+        refusal = ""
+    except RuntimeError as error:
+        refusal = str(error)
+    saved = subject.cache / "saved"
+    fast.save(str(saved))
+    restored = load_predictor(saved).predict_proba(rows, realtime=True)
+    return {
+        "used": decision.name,
+        "again": again.name,
+        "max_abs_diff": float(np.abs(np.asarray(first) - np.asarray(before)).max()),
+        "realtime_diff": float(np.abs(np.asarray(realtime) - np.asarray(before)).max()),
+        "restored_diff": float(np.abs(np.asarray(restored) - np.asarray(before)).max()),
+        "spread": float(np.asarray(before).std(axis=0).max()),
+        "metrics": metrics,
+        "refusal": refusal,
+        "class_name": type(fast._learner._model).__name__,
+    }
+
+
+def deploy(subject: Subject) -> dict[str, Any]:
+    """Upstream's deployment test: batch sizes 2, 4, 8 after optimising; and what upstream's own call does today."""
+    from scoring.engine import optimize_for_inference
+    from scoring.predictor import load_predictor
+
+    plain, fast, upstream = (load_predictor(subject.path) for _ in range(3))
+    try:
+        upstream.optimize_for_inference(providers=["CPUExecutionProvider"])
+        upstream.predict_proba(subject.rows.head(2), realtime=True)
+        upstreams = "works"
+    except Exception as error:
+        upstreams = f"{type(error).__name__}: {error}"
+    optimize_for_inference(fast, providers=[("CPUExecutionProvider", {})], cache=str(subject.cache))
+    differences = {}
+    for size in (2, 4, 8):
+        rows = subject.rows.head(size)
+        differences[str(size)] = float(
+            np.abs(np.asarray(fast.predict_proba(rows)) - np.asarray(plain.predict_proba(rows))).max()
+        )
+    return {"upstream": upstreams, "max_abs_diff": differences}
+
+
+def build_ahead(subject: Subject) -> dict[str, Any]:
+    """The fp16 graph parsed and built by TensorRT for RTX for two GPU generations, with the batcher's profile."""
+    from scoring.engines.base import Shapes
+    from scoring.engines.build import build_graph
+    from scoring.engines.rtx_engine import build_rtx
+
+    graph = build_graph(subject.request(), "fp16", "tensorrt")
+    built = {}
+    for capability in ("SM80", "SM89"):
+        target = subject.cache / f"{subject.name}-{capability}.plan"
+        start = time.perf_counter()
+        build_rtx(graph, subject.spec, Shapes.of(subject.spec, 512), capability, target)
+        built[capability] = {"bytes": target.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
+    return built
+
+
+def share_cache(subjects: list[Subject]) -> dict[str, Any]:
+    """Two predictors of one shape, one cache: each must keep its own scores."""
+    import torch
+
+    from scoring.engines.build import build_engine
+
+    first, second = subjects[0], Subject("twin", subjects[0].path, subjects[0].rows_path, subjects[0].cache)
+    with torch.no_grad():
+        for parameter in second.predictor._learner._model.parameters():
+            parameter.mul_(1.02)
+    batch = first.batches()[0]
+    answers = {}
+    for name, subject in (("first", first), ("second", second)):
+        engine = build_engine(subject.request(), "cpu", "fp32")[0]
+        reference = build_engine(subject.request(), "torch", "fp32")[0]
+        answers[name] = {
+            "logits": engine.forward(batch).tolist(),
+            "own_diff": float(np.abs(engine.forward(batch) - reference.forward(batch)).max()),
+        }
+    return answers
+
+
+def mistrust(subject: Subject) -> dict[str, Any]:
+    """An engine whose weights are scaled by 1.01 after export, as the named provider: what is said of it."""
+    import onnx
+    from onnx import numpy_helper
+
+    from scoring.engine import choose_engine
+    from scoring.engines import build as building
+    from scoring.errors import EngineError
+
+    honest = building.build_graph
+
+    def dishonest(*arguments: Any) -> Path:
+        model = onnx.load(str(honest(*arguments)))
+        for tensor in model.graph.initializer:
+            values = numpy_helper.to_array(tensor)
+            if values.dtype == np.float32 and values.ndim >= 2:
+                tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.01), tensor.name))
+        path = subject.cache / "wrong.onnx"
+        onnx.save(model, str(path))
+        return path
+
+    request = subject.request(sample=subject.batches(), provider="cpu")
+    building.build_graph = dishonest
+    try:
+        choose_engine(request)
+        said = ""
+    except EngineError as error:
+        said = f"{type(error).__name__}: {error}"
+    finally:
+        building.build_graph = honest
+    return {"said": said, "honest": choose_engine(request)[1].name}
+
+
+def start_together(subject: Subject, count: int = 8) -> dict[str, Any]:
+    """`count` processes that start at once on an empty cache, then once more: how many built what."""
+    from scoring.engines.cache import EngineCache
+
+    context = multiprocessing.get_context("fork")
+    request = subject.request(cache=EngineCache(str(subject.cache / "together")))
+    results = []
+    for _ in range(2):
+        counts: Any = context.SimpleQueue()
+        barrier = context.Barrier(count)
+
+        def start(barrier: Any, counts: Any) -> None:
+            import torch
+
+            torch.set_num_threads(1)
+            built: list[str] = []
+            logging.getLogger("scoring.engines.cache").addHandler(_Recorder(built))
+            barrier.wait()
+            from scoring.engines.build import build_engine, synthetic_sample
+
+            engine = build_engine(request, "cpu", "fp32")[0]
+            total = float(engine.forward(synthetic_sample(request)[0]).sum())
+            counts.put((built, total))
+
+        workers = [context.Process(target=start, args=(barrier, counts)) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        answers = [counts.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+        built = [kind for kinds, _ in answers for kind in kinds]
+        results.append({"built": sorted(built), "sums": sorted({round(total, 3) for _, total in answers})})
+    return {"first": results[0], "second": results[1]}
+
+
+class _Recorder(logging.Handler):
+    def __init__(self, built: list[str]) -> None:
+        super().__init__(logging.INFO)
+        self._built = built
+        logging.getLogger("scoring.engines.cache").setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "built in" in record.getMessage():
+            self._built.append(str(record.args[0]).split("/")[0])  # type: ignore[index]
+
+
+PARTS: dict[str, Callable[[Subject], Any]] = {
+    "compare_engines": compare_engines,
+    "run_tutorial": run_tutorial,
+    "deploy": deploy,
+    "build_ahead": build_ahead,
+    "mistrust": mistrust,
+    "start_together": start_together,
+    "share_cache": lambda subject: share_cache([subject]),
+}
+
+
+def main(out: Path, cache: Path, parts: str, pairs: list[str]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {part: {} for part in parts.split(",")}
+    for pair in pairs:
+        name, _, paths = pair.partition("=")
+        predictor, _, rows = paths.rpartition(":")
+        subject = Subject(name, Path(predictor), Path(rows), cache)
+        for part in parts.split(","):
+            start = time.perf_counter()
+            document[part][name] = PARTS[part](subject)
+            print(f"{name} {part} {time.perf_counter() - start:.1f} s", flush=True)
+            out.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
