@@ -101,11 +101,17 @@ def build_predictor(name: str, folder: Path, size: Size) -> Path:
         column_types=types,
         hyperparameters=settings,
         min_spread=0.0,
-        num_threads=max(1, (os.cpu_count() or 1) // 2),
+        num_threads=_num_threads(),
     )
     widen(folder / "predictor", rows.drop(columns=label))
     (folder / "done").touch()
     return folder / "predictor"
+
+
+def _num_threads() -> int:
+    """Half of the cores that this process may use, which `taskset` limits."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return max(1, (len(usable(0)) if usable else os.cpu_count() or 1) // 2)
 
 
 def widen(predictor_path: Path, rows: pd.DataFrame) -> None:

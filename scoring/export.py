@@ -106,11 +106,13 @@ def optimize_graph(
     source: Path, target: Path, precision: Precision, runs_on: Target, attention: AttentionShape
 ) -> None:
     """Rewrite an exported graph for one kind of engine: fused for ONNX Runtime, plain for TensorRT; fp16 or fp32."""
-    # It tells every fusion it tries at INFO.
-    logging.getLogger("onnxruntime.transformers").setLevel(logging.WARNING)
     from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.optimizer import optimize_model
 
+    # Its modules are loaded under bare names and tell every node they fuse at INFO.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("fusion_", "onnx_model", "optimizer", "onnx_utils")):
+            logging.getLogger(name).setLevel(logging.WARNING)
     if runs_on == "onnxruntime":
         # opt_level 0: fusions alone. The session makes its own rewrites for the provider it runs on.
         graph = optimize_model(

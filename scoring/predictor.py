@@ -29,7 +29,7 @@ from scoring.spec import (
     TextColumn,
     TextModel,
 )
-from scoring.storage import absolute, create_exclusive, exists, filesystem, is_local, join, read_bytes, redact
+from scoring.storage import create_exclusive, exists, filesystem, is_local, join, read_bytes, redact
 
 if TYPE_CHECKING:
     from autogluon.multimodal import MultiModalPredictor
@@ -78,10 +78,7 @@ def fetch_predictor(uri: str, cache: str, expected_hash: str | None = None) -> P
                 f"predictor {uri}: no assets.json there; predictor.path must be a folder that fit() saved"
             )
         return Path(uri)
-    root = (
-        Path(cache if is_local(cache) else absolute("~/.cache/multimodal-scorer", Path.cwd())).expanduser()
-        / "predictors"
-    )
+    root = Path(cache if is_local(cache) else "~/.cache/multimodal-scorer").expanduser() / "predictors"
     if expected_hash is not None and (root / expected_hash).is_dir():
         return root / expected_hash
     staging = root / f"download-{uuid.uuid4().hex}"

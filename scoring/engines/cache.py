@@ -20,7 +20,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from scoring.storage import (
-    absolute,
     create_exclusive,
     exists,
     is_local,
@@ -60,9 +59,8 @@ class EngineCache:
     """Entries under `uri` (a folder, or a URI with a local copy). Thread- and process-safe."""
 
     def __init__(self, uri: str) -> None:
-        home = absolute("~/.cache/multimodal-scorer", Path.cwd())
         self._remote = None if is_local(uri) else uri
-        self.local = Path(home if self._remote else uri).expanduser() / "engines"
+        self.local = Path("~/.cache/multimodal-scorer" if self._remote else uri).expanduser() / "engines"
 
     def get(self, key: Key, build: Callable[[Path], None]) -> Path:
         """The entry's folder, built by `build(folder)` if nobody has; others wait for the one who builds."""

@@ -1,0 +1,55 @@
+"""The gate's figures and verdicts on made-up scores."""
+
+import numpy as np
+import pytest
+
+from scoring.parity import compare
+
+REFERENCE = np.array([[0.9, 0.1], [0.504, 0.496], [0.2, 0.8]], dtype=np.float32)
+
+
+def test_equal_scores_pass() -> None:
+    parity = compare(REFERENCE, REFERENCE.copy())
+    assert parity.failure(1e-12) is None
+    assert (parity.rows, parity.max_abs_diff, parity.top1_agreement) == (3, 0.0, 1.0)
+
+
+def test_a_difference_over_the_limit_is_refused_with_its_size() -> None:
+    found = REFERENCE + np.float32(0.006)
+    assert "6.00e-03 on 3 rows, limit 0.005" in str(compare(REFERENCE, found).failure(0.005))
+    assert compare(REFERENCE, found).failure(0.007) is None
+
+
+def test_a_label_may_flip_where_the_reference_hardly_prefers_it() -> None:
+    found = REFERENCE.copy()
+    found[1] = [0.499, 0.501]
+    parity = compare(REFERENCE, found)
+    assert parity.label_flips == 0
+    assert parity.top1_agreement == pytest.approx(2 / 3)
+    assert parity.failure(0.01) is None
+
+
+def test_a_label_that_flips_against_a_clear_reference_is_refused() -> None:
+    found = REFERENCE.copy()
+    found[2] = [0.51, 0.49]
+    assert "1 of 3 labels differ" in str(compare(REFERENCE, found).failure(0.5))
+
+
+def test_scores_that_are_not_finite_are_refused_and_not_averaged() -> None:
+    found = REFERENCE.copy()
+    found[0] = np.nan
+    parity = compare(REFERENCE, found)
+    assert (parity.non_finite, parity.max_abs_diff) == (1, 0.0)
+    assert "1 of 3 rows have scores that are not finite" in str(parity.failure(0.5))
+
+
+def test_rows_that_the_reference_cannot_score_are_left_out() -> None:
+    reference = REFERENCE.copy()
+    reference[0] = np.inf
+    assert compare(reference, REFERENCE).rows == 2
+
+
+def test_regression_has_no_labels_to_flip() -> None:
+    parity = compare(np.array([[1.0], [2.0]], dtype=np.float32), np.array([[1.001], [2.0]], dtype=np.float32))
+    assert parity.label_flips == 0
+    assert parity.max_abs_diff == pytest.approx(0.001, abs=1e-6)
