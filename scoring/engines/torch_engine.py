@@ -168,8 +168,12 @@ class _Graph:
             self._logits = model(*self._inputs)
 
     def replay(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
-        for buffer, tensor in zip(self._inputs, tensors, strict=True):
-            buffer.copy_(tensor, non_blocking=True)
-        self._graph.replay()
+        import torch
+
+        # The buffers may have been made in inference mode, which alone may write to them then.
+        with torch.inference_mode():
+            for buffer, tensor in zip(self._inputs, tensors, strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+            self._graph.replay()
         logits: torch.Tensor = self._logits
         return logits
