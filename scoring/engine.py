@@ -46,6 +46,7 @@ _TIMED_S = 1.0
 # What a rung costs before its first batch when the cache is empty (seconds, measured on an H100 with the seed model).
 _BUILD_S = {"torch": 0.0, "cpu": 8.0, "cuda": 12.0, "tensorrt": 60.0}
 _COMPILE_S = 60.0
+_COMPILED = "torch-compiled"
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _with_takeover(
             if waste
             else ("pending", "compiled beside the first engine; takes over when it is faster")
         )
-        used.append(Rung("torch-compiled", rung.precision, *outcome))
+        used.append(Rung(_COMPILED, rung.precision, *outcome))
     decision = EngineDecision(
         engine.provider,
         engine.precision,
@@ -352,7 +353,7 @@ class Takeover:
         return rung
 
     def _examine(self, built: Engine | Exception) -> Rung:
-        name, precision = "torch-compiled", self._engine.precision
+        name, precision = _COMPILED, self._engine.precision
         if isinstance(built, Exception):
             reason = f"{type(built).__name__}: {(str(built).splitlines() or [''])[0]}"
             return Rung(name, precision, "unavailable", reason)
@@ -363,9 +364,9 @@ class Takeover:
                 name, precision, "unavailable", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             )
         if rung.outcome != "usable":
-            return replace(rung, provider=name)
+            return rung
         is_faster = (rung.rows_per_s or 0) > self._first_rows_per_s
-        return replace(rung, provider=name, outcome="used" if is_faster else "slower")
+        return replace(rung, outcome="used" if is_faster else "slower")
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
@@ -425,7 +426,10 @@ def optimize_for_inference(
     engine, decision = choose_engine(request) if providers is None else _first_of(request, providers)
     if isinstance(engine, Takeover):
         # Nobody scores meanwhile: wait, as upstream's call does ("this may take a few minutes").
-        engine.settle(wait=True)
+        rung = engine.settle(wait=True)
+        assert rung is not None
+        rungs = tuple(rung if item.outcome == "pending" else item for item in decision.rungs)
+        decision = replace(decision, provider=engine.provider, rungs=rungs, compiles=False)
     install(predictor, engine, spec, partial(optimize_for_inference, predictor))
     return decision
 

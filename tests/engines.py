@@ -68,26 +68,18 @@ class Subject:
 def compare_engines(subject: Subject) -> dict[str, Any]:
     """{engine: parity figures or why it is not there}, for every provider and precision that this machine has."""
     from scoring.engine import Gate, Takeover, choose_engine
-    from scoring.engines.build import build_compiled, build_engine, has_gpu
     from scoring.errors import EngineError
 
     batches = subject.batches()
     gate = Gate(subject.request(sample=batches))
     table: dict[str, Any] = {}
-    ways: list[tuple[str, str]] = [("torch", "fp32"), ("cpu", "fp32")]
-    if has_gpu():
-        ways = [("torch", "fp32"), ("cuda", "fp32"), ("torch", "fp16"), ("cuda", "fp16")]
-        # A minute each: for the models that benchmarks are made of.
-        ways += [("compiled", "fp16")] if subject.name in ("seed", "preset") else []
-    for provider, precision in ways:
+    for name, build in _ways(subject.request(sample=batches), is_usual=subject.name in ("seed", "preset")).items():
         try:
-            request = subject.request(sample=batches)
-            is_compiled = provider == "compiled"
-            engine = build_compiled(request, "fp16") if is_compiled else build_engine(request, provider, precision)[0]  # type: ignore[arg-type]
-            table[f"{provider}-{precision}"] = gate.parity(engine).to_dict()
+            engine = build()
+            table[name] = gate.parity(engine).to_dict()
             engine.close()
         except Exception as error:
-            table[f"{provider}-{precision}"] = {"failed": f"{type(error).__name__}: {error}"[:400]}
+            table[name] = {"failed": f"{type(error).__name__}: {error}"[:400]}
     try:
         # So many rows that an export pays and, on a GPU, a compile does not.
         engine, decision = choose_engine(subject.request(sample=batches, rows_left=500_000))
@@ -99,6 +91,25 @@ def compare_engines(subject: Subject) -> dict[str, Any]:
         table["auto"] = {"failed": str(error)}
     spread = gate._scores(gate.reference_engine)
     return {"engines": table, "spread": float(spread.std(axis=0).max()), "problem_type": subject.spec.problem_type}
+
+
+def _ways(request: Any, *, is_usual: bool) -> dict[str, Callable[[], Any]]:
+    """Every engine of this machine by name; without a GPU the fp16 graph of the cuda engine runs on the CPU."""
+    from scoring.engines.build import build_compiled, build_engine, build_graph, has_gpu
+    from scoring.engines.onnx_engine import OnnxCpuEngine
+
+    ways: dict[str, Callable[[], Any]] = {"torch-fp32": lambda: build_engine(request, "torch", "fp32")[0]}
+    if not has_gpu():
+        ways["cpu-fp32"] = lambda: build_engine(request, "cpu", "fp32")[0]
+        ways["cuda's graph-fp16"] = lambda: OnnxCpuEngine(build_graph(request, "fp16", "onnxruntime"), 1)
+        ways["tensorrt's graph-fp16"] = lambda: OnnxCpuEngine(build_graph(request, "fp16", "tensorrt"), 1)
+        return ways
+    ways["cuda-fp32"] = lambda: build_engine(request, "cuda", "fp32")[0]
+    ways["torch-fp16"] = lambda: build_engine(request, "torch", "fp16")[0]
+    ways["cuda-fp16"] = lambda: build_engine(request, "cuda", "fp16")[0]
+    if is_usual:  # a minute each: for the models that benchmarks are made of
+        ways["torch-compiled-fp16"] = lambda: build_compiled(request, "fp16")
+    return ways
 
 
 def run_tutorial(subject: Subject) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class CompiledEngine:
     happens at a shape's first batch, in the thread that scores.
     """
 
-    provider = "torch"
+    provider = "torch-compiled"
 
     def __init__(
         self, predictor: "MultiModalPredictor", spec: FeatureSpec, precision: Precision, shapes: Shapes
