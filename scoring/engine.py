@@ -105,14 +105,11 @@ class Gate:
             request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads
         )
         self._reference: Scores | None = None
-        self.reference_rows_per_s = 0.0
 
     def parity(self, engine: Engine) -> Parity:
         """The engine against the reference on every row of the sample."""
         if self._reference is None:
-            start = time.perf_counter()
             self._reference = self._scores(self.reference_engine)
-            self.reference_rows_per_s = len(self._reference) / (time.perf_counter() - start)
         return compare(self._reference, self._scores(engine))
 
     def _scores(self, engine: Engine) -> Scores:

@@ -96,7 +96,9 @@ def synthetic_arrays(
 def _vocabulary(predictor: "MultiModalPredictor", prefix: str) -> int:
     for module in predictor._learner._model.modules():
         if getattr(module, "prefix", None) == prefix:
-            return int(module.model.config.vocab_size)
+            config = module.model.config
+            # CLIP keeps its text tower's numbers one level down.
+            return int(getattr(config, "vocab_size", None) or config.text_config.vocab_size)
     raise KeyError(f"no text model with the prefix {prefix}")
 
 

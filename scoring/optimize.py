@@ -67,7 +67,9 @@ def _engine_module(original: "torch.nn.Module", engine: Engine, spec: FeatureSpe
             return self.__dict__["original"].state_dict(*args, **kwargs)
 
         def forward(self, batch: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-            with self._lock:
+            # A predictor fitted on a GPU predicts under autocast, which the engine's own precision must not see: a compiled
+            # network would be compiled again.
+            with self._lock, torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
                 logits: Logits = self._engine.forward(named_arrays(batch, spec))
             found = torch.from_numpy(np.array(logits))
             return {self.prefix: {"logits": found.to(_device_of(batch))}}

@@ -8,9 +8,9 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint, resolved_yaml
+from scoring.engines.build import EngineRequest, build_rtx_ahead
+from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, OutputError, ParityError
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
@@ -142,7 +144,7 @@ def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]
 def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
     """Extract the spec in a process of its own and keep it: the driver never imports AutoGluon."""
     logger.info("predictor %s: extracting its feature spec (imports AutoGluon, about 30 s, once)", predictor_hash[:12])
-    document = ray.get(_extract_in_task.remote(config.predictor.path, predictor_hash, config.engine.cache))
+    document = ray.get(_extract_in_task.remote(config, predictor_hash, _rtx_capabilities()))
     spec = FeatureSpec.from_json(document)
     store_spec(spec, predictor_hash, config.engine.cache)
     return spec
@@ -150,9 +152,38 @@ def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
 
 # max_calls=1: the process ends with the task, and 1 GB with it.
 @ray.remote(num_cpus=_IO_CPUS, max_calls=1, max_retries=1)  # type: ignore[untyped-decorator]
-def _extract_in_task(uri: str, predictor_hash: str, cache: str) -> str:
-    folder = fetch_predictor(uri, cache, predictor_hash)
-    return extract_spec(load_predictor(folder)).to_json()
+def _extract_in_task(config: ScoreConfig, predictor_hash: str, rtx_capabilities: tuple[str, ...]) -> str:
+    _set_up_worker()
+    predictor = load_predictor(fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash))
+    spec = extract_spec(predictor)
+    if rtx_capabilities and config.engine.provider in ("auto", "tensorrt"):
+        _build_rtx_ahead(EngineRequest(predictor, spec, EngineCache(config.engine.cache)), config, rtx_capabilities)
+    return spec.to_json()
+
+
+# Ray's names of GPUs -> what TensorRT for RTX builds for. It runs on no other data-centre GPU.
+_RTX_GPUS = {"A100": "SM80", "A10G": "SM86", "L4": "SM89", "L40S": "SM89", "T4": "SM75"}
+
+
+def _rtx_capabilities() -> tuple[str, ...]:
+    """What the cluster's GPUs would need of TensorRT for RTX; empty where it runs on none of them."""
+    names = (
+        name.partition(":")[2] for node in ray.nodes() for name in node["Resources"] if "accelerator_type:" in name
+    )
+    return tuple(
+        sorted({_RTX_GPUS[gpu] for name in names for gpu in (name, name.partition("-")[0]) if gpu in _RTX_GPUS})
+    )
+
+
+def _build_rtx_ahead(request: EngineRequest, config: ScoreConfig, capabilities: Sequence[str]) -> None:
+    """Build here what the actors would each wait for; they find it where the cache is shared."""
+    request = replace(request, batch_rows=config.batch.rows)
+    for capability in capabilities:
+        try:
+            build_rtx_ahead(request, "fp32" if config.engine.precision == "fp32" else "fp16", capability)
+        except Exception as error:
+            # The actors meet it again, and the decision says so.
+            logger.warning("engine: TensorRT for RTX was not built ahead for %s: %s", capability, error)
 
 
 def size_pools(config: ScoreConfig, resources: Mapping[str, float]) -> Pools:
@@ -370,10 +401,17 @@ def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
 
 # max_calls=1: it has decoded images and is not needed again.
 @ray.remote(num_cpus=_IO_CPUS, max_calls=1)  # type: ignore[untyped-decorator]
-def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str) -> pa.Table:
+def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str) -> pa.Table | None:
     _set_up_worker()
     pa.set_cpu_count(1)
-    return sample_features(inputs, config, FeatureSpec.from_json(spec_json))
+    try:
+        return sample_features(inputs, config, FeatureSpec.from_json(spec_json))
+    except Exception as error:
+        # Whatever is wrong with the input is for its read task to tell; the gate can do with random rows.
+        logger.warning(
+            "parity: no sample of the input (%s: %s); engines are checked on random rows", type(error).__name__, error
+        )
+        return None
 
 
 def _raise_refusal(attempt: AttemptFolder, error: Exception) -> None:

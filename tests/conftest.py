@@ -71,14 +71,17 @@ class RayHead:
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
-    """One Ray head for the session, with four CPUs whatever the machine has: room for three scoring actors."""
+    """One Ray head for the session, with four CPUs whatever the machine has: room for three scoring actors.
+
+    It says that it has an L4, so that a run builds TensorRT for RTX's engine ahead; there is no GPU to use it.
+    """
     # Not under pytest's folder: a Unix socket's path has 107 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--head", "--block", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
-    options += [f"--port={port}", f"--temp-dir={folder}"]
+    options += [f"--port={port}", f"--temp-dir={folder}", '--resources={"accelerator_type:L4": 1}']
     head = subprocess.Popen(
         [str(Path(sys.executable).parent / "ray"), "start", *options],
         stdout=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """Engines on real predictors, in one process that imports AutoGluon once; figures as JSON.
 
-    python -m tests.engines OUT.json CACHE NAME=PREDICTOR:ROWS.parquet [...]
+    python -m tests.engines OUT.json CACHE NAME=PREDICTOR:ROWS.parquet:PART,PART [...]
 
 The parts: `compare_engines` (a predictor on every engine here, against the fp32 network on its own rows), `run_tutorial` (the
 TensorRT tutorial's flow), `deploy` (upstream's deployment test, re-expressed), `build_ahead` (TensorRT for RTX without a
@@ -13,7 +13,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TUTORIAL_ROWS = 24
 
 
-def run(out: Path, cache: Path, pairs: dict[str, tuple[Path, Path]], *parts: str) -> dict[str, Any]:
-    """Run the named parts in one subprocess: pytest's own process never imports AutoGluon."""
-    arguments = [f"{name}={predictor}:{rows}" for name, (predictor, rows) in pairs.items()]
-    command = [sys.executable, "-m", "tests.engines", str(out), str(cache), ",".join(parts), *arguments]
+def run(out: Path, cache: Path, jobs: Sequence[tuple[str, Path, Path, Sequence[str]]]) -> dict[str, Any]:
+    """Run (name, predictor, rows, parts) in one subprocess: pytest's own process never imports AutoGluon."""
+    arguments = [f"{name}={predictor}:{rows}:{','.join(parts)}" for name, predictor, rows, parts in jobs]
+    command = [sys.executable, "-m", "tests.engines", str(out), str(cache), *arguments]
     done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     document: dict[str, Any] = json.loads(out.read_text())
@@ -174,17 +174,13 @@ def deploy(subject: Subject) -> dict[str, Any]:
 
 def build_ahead(subject: Subject) -> dict[str, Any]:
     """The fp16 graph parsed and built by TensorRT for RTX for two GPU generations, with the batcher's profile."""
-    from scoring.engines.base import Shapes
-    from scoring.engines.build import build_graph
-    from scoring.engines.rtx_engine import build_rtx
+    from scoring.engines.build import build_rtx_ahead
 
-    graph = build_graph(subject.request(), "fp16", "tensorrt")
     built = {}
     for capability in ("SM80", "SM89"):
-        target = subject.cache / f"{subject.name}-{capability}.plan"
         start = time.perf_counter()
-        build_rtx(graph, subject.spec, Shapes.of(subject.spec, 512), capability, target)
-        built[capability] = {"bytes": target.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
+        plan = build_rtx_ahead(subject.request(batch_rows=512), "fp16", capability)
+        built[capability] = {"bytes": plan.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
     return built
 
 
@@ -300,19 +296,19 @@ PARTS: dict[str, Callable[[Subject], Any]] = {
 }
 
 
-def main(out: Path, cache: Path, parts: str, pairs: list[str]) -> None:
+def main(out: Path, cache: Path, jobs: list[str]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {part: {} for part in parts.split(",")}
-    for pair in pairs:
-        name, _, paths = pair.partition("=")
-        predictor, _, rows = paths.rpartition(":")
+    document: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        name, _, rest = job.partition("=")
+        predictor, rows, parts = rest.split(":")
         subject = Subject(name, Path(predictor), Path(rows), cache)
         for part in parts.split(","):
             start = time.perf_counter()
-            document[part][name] = PARTS[part](subject)
+            document.setdefault(part, {})[name] = PARTS[part](subject)
             print(f"{name} {part} {time.perf_counter() - start:.1f} s", flush=True)
             out.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

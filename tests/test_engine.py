@@ -31,13 +31,11 @@ FP16_LIMIT = 5e-3
 def figures(zoo: Mapping[str, Predictor], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """Every part on the seed model's kind, and the comparison on every predictor."""
     folder = tmp_path_factory.mktemp("engines")
-    pairs = {name: (zoo[name].path, zoo[name].rows) for name in COMPARED}
-    seed = {"binary_fusion": pairs["binary_fusion"]}
-    parts = ("run_tutorial", "deploy", "mistrust", "share_cache", "start_together")
-    document = engines.run(folder / "seed.json", folder / "cache", seed, *parts)
-    ahead = {name: pairs[name] for name in ("binary_fusion", "preset_fusion")}
-    document |= engines.run(folder / "ahead.json", folder / "cache", ahead, "build_ahead")
-    return document | engines.run(folder / "compared.json", folder / "cache", pairs, "compare_engines")
+    parts = {name: ["compare_engines"] for name in COMPARED}
+    parts["binary_fusion"] += ["run_tutorial", "deploy", "build_ahead", "mistrust", "share_cache", "start_together"]
+    parts["preset_fusion"] += ["build_ahead"]
+    jobs = [(name, zoo[name].path, zoo[name].rows, parts[name]) for name in COMPARED]
+    return engines.run(folder / "figures.json", folder / "cache", jobs)
 
 
 @pytest.mark.parametrize("name", COMPARED)

@@ -133,6 +133,12 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
     assert set(lines.final_rows) <= lines.loaded
     assert 1 <= len(lines.loaded) <= actors
     assert "provider=torch rows=" in run.log, "and it reaches the driver's log"
+    if actors == 1:
+        plans = list((tmp_path / "cache" / "engines" / "rtx").glob("*/engine.plan"))
+        assert len(plans) == 1, "the engine for the cluster's L4 is built where the spec is extracted"
+    decision = published.manifest["engine"]["decisions"]["cpu"]
+    assert decision["provider"] == "torch"
+    assert {rung["provider"]: rung["outcome"] for rung in decision["rungs"]} == {"torch": "used", "cpu": "skipped"}
     scores = published.scores.to_pandas().set_index("row_id")
     assert set(scores["region"].dropna()) == {"north", "s/outh"}
     for name in ("proba_0", "proba_1"):

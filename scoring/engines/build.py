@@ -143,7 +143,10 @@ def _build_tensorrt10(request: EngineRequest, precision: Precision) -> Engine:
     graph = build_graph(request, precision, "tensorrt")
     # ONNX Runtime names cache files after the graph's structure: two models of one shape would share an engine. A folder a
     # key, filled under the lock of its entry.
-    key = _tensorrt_key(request, precision, "tensorrt10", _package("tensorrt-cu13-libs"))
+    import torch
+
+    device = "{} {}.{}".format(torch.cuda.get_device_name(0), *torch.cuda.get_device_capability(0))
+    key = _tensorrt_key(request, precision, "tensorrt10", _package("tensorrt-cu13-libs"), device)
 
     def build(folder: Path) -> None:
         options = {
@@ -164,28 +167,31 @@ def _build_tensorrt10(request: EngineRequest, precision: Precision) -> Engine:
 
 
 def _build_rtx(request: EngineRequest, precision: Precision) -> Engine:
-    from scoring.engines.rtx_engine import RtxEngine, bindings, build_rtx
-
-    bindings()
     import torch
 
-    major, minor = torch.cuda.get_device_capability(0)
-    capability = f"SM{major}{minor}"
-    key = _tensorrt_key(request, precision, "rtx", _package("tensorrt-rtx-cu13-libs"))
-    # An engine for a GPU that is not supported is built for the nearest that is, and refused when it is read, with
-    # TensorRT's own words.
-    target = capability if capability in _rtx_capabilities() else "SM89"
+    from scoring.engines.rtx_engine import CAPABILITIES, RtxEngine
+
+    # An engine for a GPU that is not supported is built for one that is, and refused when it is read, with TensorRT's own
+    # words.
+    own = "SM{}{}".format(*torch.cuda.get_device_capability(0))
+    plan = build_rtx_ahead(request, precision, own if own in CAPABILITIES else "SM89")
+    return RtxEngine(plan, request.spec, precision, request.shapes)
+
+
+def build_rtx_ahead(request: EngineRequest, precision: Precision, capability: str) -> Path:
+    """TensorRT for RTX's engine for a GPU generation (`SM89`), built on any machine: 2 to 6 s on two cores.
+
+    Raises EngineUnavailable when the package is missing or the graph is not one that it takes.
+    """
+    from scoring.engines.rtx_engine import bindings, build_rtx
+
+    bindings()
     graph = build_graph(request, precision, "tensorrt")
+    key = _tensorrt_key(request, precision, "rtx", _package("tensorrt-rtx-cu13-libs"), capability)
     folder = request.cache.get(
-        key, lambda folder: build_rtx(graph, request.spec, request.shapes, target, folder / "engine.plan")
+        key, lambda place: build_rtx(graph, request.spec, request.shapes, capability, place / "engine.plan")
     )
-    return RtxEngine(folder / "engine.plan", request.spec, precision, request.shapes)
-
-
-def _rtx_capabilities() -> tuple[str, ...]:
-    from scoring.engines.rtx_engine import CAPABILITIES
-
-    return CAPABILITIES
+    return folder / "engine.plan"
 
 
 _BUILDERS: Mapping[str, Callable[[EngineRequest, Precision], Engine]] = {
@@ -216,9 +222,7 @@ def build_graph(request: EngineRequest, precision: Precision, runs_on: Target) -
     return request.cache.get(Key("graph", graph_parts), build) / "model.onnx"
 
 
-def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, library: str) -> Key:
-    import torch
-
+def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, library: str, device: str) -> Key:
     return Key(
         kind,
         {
@@ -227,8 +231,7 @@ def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, libra
             "precision": precision,
             "library": library,
             "onnxruntime": _onnxruntime_version(),
-            "gpu": torch.cuda.get_device_name(0),
-            "capability": "{}.{}".format(*torch.cuda.get_device_capability(0)),
+            "device": device,
             "shapes": json.dumps([request.shapes.rows, request.shapes.tokens]),
         },
     )

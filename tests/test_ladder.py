@@ -1,0 +1,242 @@
+"""The ladder's choices, with engines that answer and take as long as they are told: no model, no GPU.
+
+What real engines compute is in test_engine.py; here is which one is used, what is said of the others, and how a compiled one
+takes over.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from scoring import engine as ladder
+from scoring.engine import Rung, Takeover, choose_engine, shared_engine
+from scoring.engines.base import EngineUnavailable
+from scoring.engines.build import EngineRequest
+from scoring.engines.cache import EngineCache
+from scoring.errors import EngineError, ParityError
+from scoring.parity import Parity
+
+
+@dataclass
+class StubEngine:
+    """Answers with its own name, so that a test sees who scored."""
+
+    provider: str
+    precision: Any
+    rows_per_s: float = 1000.0
+    difference: float = 1e-6
+    device: str = "H100"
+    is_closed: bool = False
+
+    def forward(self, arrays: Any) -> Any:
+        assert not self.is_closed, f"{self.provider} was closed"
+        return np.full((1, 1), self.rows_per_s, dtype=np.float32)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class StubGate:
+    """The gate's interface over stub engines."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self._limit = request.max_abs_diff
+
+    def parity(self, engine: StubEngine) -> Parity:
+        return Parity(64, engine.difference, engine.difference, 1.0, 0, 0)
+
+    def examine(self, engine: StubEngine, build_s: float) -> Rung:
+        parity = self.parity(engine)
+        failure = parity.failure(self._limit)
+        if failure:
+            return Rung(engine.provider, engine.precision, "refused", failure)
+        return Rung(engine.provider, engine.precision, "usable", "fits", engine.rows_per_s)
+
+
+Machine = dict[tuple[str, str], StubEngine | EngineUnavailable]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """An H100 as it was measured, less the compiled engine: change what a test is about."""
+    engines: Machine = {
+        ("torch", "fp16"): StubEngine("torch", "fp16", 20_000, 1e-3),
+        ("cuda", "fp16"): StubEngine("cuda", "fp16", 30_000, 1e-3),
+        ("tensorrt", "fp16"): EngineUnavailable("does not run on this H100"),
+        ("torch", "fp32"): StubEngine("torch", "fp32", 9_000, 0.0),
+        ("cuda", "fp32"): StubEngine("cuda", "fp32", 13_000, 1e-6),
+        ("tensorrt", "fp32"): EngineUnavailable("does not run on this H100"),
+    }
+
+    def build(request: EngineRequest, provider: str, precision: str) -> tuple[StubEngine, float]:
+        engine = engines[provider, precision]
+        if isinstance(engine, EngineUnavailable):
+            raise engine
+        return engine, 1.0
+
+    monkeypatch.setattr(ladder, "build_engine", build)
+    monkeypatch.setattr(ladder, "Gate", StubGate)
+    monkeypatch.setattr(ladder, "has_gpu", lambda: True)
+    monkeypatch.setattr(ladder, "build_compiled", lambda request, precision: pytest.fail("nothing to compile here"))
+    return engines
+
+
+def request_for(tmp_path: Path, **changes: Any) -> EngineRequest:
+    settings: dict[str, Any] = {"rows_left": 500_000, **changes}
+    return EngineRequest(cast("Any", None), cast("Any", None), EngineCache(str(tmp_path)), **settings)
+
+
+def outcomes(decision: Any) -> dict[str, str]:
+    return {f"{rung.provider}-{rung.precision}": rung.outcome for rung in decision.rungs}
+
+
+def test_the_fastest_that_passes_is_used_and_every_rung_is_told(machine: Machine, tmp_path: Path) -> None:
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=900_000))
+    assert engine is machine["cuda", "fp16"]
+    assert outcomes(decision) == {
+        "torch-fp16": "slower",
+        "cuda-fp16": "used",
+        "tensorrt-fp16": "skipped",
+        "torch-compiled-fp16": "skipped",
+    }
+    assert cast("StubEngine", machine["torch", "fp16"]).is_closed
+
+
+def test_an_engine_that_is_not_the_reference_is_passed_over(machine: Machine, tmp_path: Path) -> None:
+    cast("StubEngine", machine["cuda", "fp16"]).difference = 0.02
+    engine, decision = choose_engine(request_for(tmp_path))
+    assert engine is machine["torch", "fp16"]
+    assert outcomes(decision)["cuda-fp16"] == "refused"
+    refused = next(rung for rung in decision.rungs if rung.provider == "cuda")
+    assert "differs from the fp32 reference by 2.00e-02 on 64 rows, limit 0.005" in refused.reason
+
+
+def test_fp32_is_tried_where_no_fp16_passes(machine: Machine, tmp_path: Path) -> None:
+    for provider in ("torch", "cuda"):
+        cast("StubEngine", machine[provider, "fp16"]).difference = 0.02
+    engine, decision = choose_engine(request_for(tmp_path))
+    assert engine is machine["cuda", "fp32"]
+    assert outcomes(decision)["torch-fp16"] == outcomes(decision)["cuda-fp16"] == "refused"
+
+
+def test_a_build_that_costs_more_than_it_saves_is_skipped(machine: Machine, tmp_path: Path) -> None:
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=2_000))
+    assert engine is machine["torch", "fp16"]
+    skipped = next(rung for rung in decision.rungs if rung.provider == "cuda")
+    assert (skipped.outcome, skipped.reason) == ("skipped", "2000 rows take 0.1 s on torch-fp16, this build about 12 s")
+
+
+def test_no_engine_at_all_is_an_error_that_names_every_rung(machine: Machine, tmp_path: Path) -> None:
+    for engine in machine.values():
+        if isinstance(engine, StubEngine):
+            engine.difference = 1.0
+    with pytest.raises(
+        EngineError, match=r"torch-fp16 refused.*cuda-fp16 refused.*tensorrt-fp16 unavailable.*cuda-fp32"
+    ):
+        choose_engine(request_for(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_a_named_engine_never_falls_back(machine: Machine, tmp_path: Path, precision: str) -> None:
+    with pytest.raises(EngineError, match=r"tensorrt cannot run here: does not run on this H100.*engine.provider=auto"):
+        choose_engine(request_for(tmp_path, provider="tensorrt", precision=precision))
+
+
+def test_a_named_engine_goes_from_fp16_to_fp32_and_then_ends(machine: Machine, tmp_path: Path) -> None:
+    half, single = (cast("StubEngine", machine["cuda", precision]) for precision in ("fp16", "fp32"))
+    half.difference = 0.02
+    assert choose_engine(request_for(tmp_path, provider="cuda"))[0] is single
+    with pytest.raises(ParityError, match="cuda was refused: fp16 differs"):
+        choose_engine(request_for(tmp_path, provider="cuda", precision="fp16"))
+    single.difference = 0.01
+    with pytest.raises(ParityError, match=r"fp16 differs.*fp32 differs"):
+        choose_engine(request_for(tmp_path, provider="cuda"))
+
+
+def test_actors_of_one_run_share_one_decision(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "engines" / "H100.json")
+    (tmp_path / "engines").mkdir()
+    _, first = shared_engine(request_for(tmp_path), uri)
+    # The clock of another actor would have preferred torch.
+    other = machine["torch", "fp16"]
+    assert isinstance(other, StubEngine)
+    other.rows_per_s = 90_000
+    engine, second = shared_engine(request_for(tmp_path), uri)
+    assert second == first
+    assert engine is machine["cuda", "fp16"]
+    cast("Any", engine).difference = 0.5
+    with pytest.raises(ParityError, match="although another actor's copy passed"):
+        shared_engine(request_for(tmp_path), uri)
+
+
+def compiling(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> tuple[threading.Event, Callable[[], None]]:
+    """Let the compile wait for its event; returns the event and how to wait for its thread."""
+    ready = threading.Event()
+
+    def build_compiled(request: EngineRequest, precision: str) -> Any:
+        ready.wait(10)
+        return build()
+
+    monkeypatch.setattr(ladder, "build_compiled", build_compiled)
+
+    def join() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "compile":
+                thread.join(10)
+
+    return ready, join
+
+
+@pytest.mark.parametrize(
+    ("rows_per_s", "difference", "outcome"),
+    [(46_000, 1e-3, "used"), (10_000, 1e-3, "slower"), (46_000, 0.1, "refused")],
+)
+def test_the_compiled_engine_takes_over_when_it_is_ready_faster_and_right(
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows_per_s: float,
+    difference: float,
+    outcome: str,
+) -> None:
+    compiled = StubEngine("torch-compiled", "fp16", rows_per_s, difference)
+    ready, join = compiling(monkeypatch, lambda: compiled)
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=10_000_000))
+    assert isinstance(engine, Takeover)
+    assert outcomes(decision)["torch-compiled-fp16"] == "pending"
+    assert engine.settle() is None, "not ready: the first batch does not wait"
+    assert engine.forward({})[0, 0] == 30_000
+    ready.set()
+    join()
+    assert engine.forward({})[0, 0] == 30_000, "between settles the engine stays"
+    rung = engine.settle()
+    assert rung is not None
+    assert (rung.provider, rung.outcome) == ("torch-compiled", outcome)
+    is_used = outcome == "used"
+    assert engine.forward({})[0, 0] == (rows_per_s if is_used else 30_000)
+    assert engine.provider == ("torch-compiled" if is_used else "cuda")
+    assert (compiled.is_closed, cast("StubEngine", machine["cuda", "fp16"]).is_closed) == (not is_used, is_used)
+    assert engine.settle() is None, "told once"
+
+
+def test_a_compile_that_fails_leaves_the_first_engine(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Any:
+        raise RuntimeError("no compiler on this machine\nmore")
+
+    ready, _ = compiling(monkeypatch, fail)
+    engine, _ = choose_engine(request_for(tmp_path, rows_left=10_000_000))
+    assert isinstance(engine, Takeover)
+    ready.set()
+    rung = engine.settle(wait=True)
+    assert rung is not None
+    assert (rung.outcome, rung.reason) == ("unavailable", "RuntimeError: no compiler on this machine")
+    assert engine.forward({})[0, 0] == 30_000
