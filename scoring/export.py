@@ -106,6 +106,7 @@ def optimize_graph(
     source: Path, target: Path, precision: Precision, runs_on: Target, attention: AttentionShape
 ) -> None:
     """Rewrite an exported graph for one kind of engine: fused for ONNX Runtime, plain for TensorRT; fp16 or fp32."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -114,6 +115,9 @@ def optimize_graph(
         if name.startswith(("fusion_", "onnx_model", "optimizer", "onnx_utils")):
             logging.getLogger(name).setLevel(logging.WARNING)
     if runs_on == "onnxruntime":
+        options = FusionOptions("bert")
+        # Only attention in a text model needs it, and for a Swin it is 95 % of two minutes.
+        options.enable_shape_inference = attention.num_heads > 0
         # opt_level 0: fusions alone. The session makes its own rewrites for the provider it runs on.
         graph = optimize_model(
             str(source),
@@ -122,6 +126,7 @@ def optimize_graph(
             hidden_size=attention.hidden_size,
             opt_level=0,
             use_gpu=False,
+            optimization_options=options,
         )
     else:
         graph = OnnxModel(_load(source))

@@ -45,8 +45,9 @@ def test_scores_equal_the_reference_one_row_at_a_time_and_in_batches(
 def test_features_equal_upstreams_own_processors_value_by_value(name: str, comparisons: dict[str, Comparison]) -> None:
     features = comparisons[name].features
     assert features
-    # Exact but for float32 columns, which upstream scales in float32 and we in float64: one rounding apart.
-    exact = {key: value for key, value in features.items() if not key.endswith("_numerical")}
+    # Exact but for float32 columns, which upstream scales in float32 and we in float64, and for pixels, which we scale by
+    # one product and one sum: a rounding apart. One level of a pixel is 4e-3 at least.
+    exact = {key: value for key, value in features.items() if not key.endswith(("_numerical", "_image"))}
     assert exact == dict.fromkeys(exact, 0.0)
     assert all(value <= 1e-6 for value in features.values())
 
