@@ -475,8 +475,13 @@ def _contradictions(settings: Mapping[str, object]) -> Iterator[str]:
         if path and predictor and _real_names(_is_inside, predictor, path):
             yield f"{key}: {_shown(path)} lies in predictor.path {_shown(predictor)} and would change its hash; move it"
     gpus = settings["resources.gpus"]
-    if gpus and settings["engine.provider"] == "cpu":
+    provider = settings["engine.provider"]
+    if gpus and provider == "cpu":
         yield f"resources.gpus: {gpus} contradicts engine.provider=cpu, which uses none; drop one of the two"
+    if gpus == 0 and provider in ("cuda", "tensorrt"):
+        yield f"resources.gpus: 0 contradicts engine.provider={provider}, which needs one; drop one of the two"
+    if provider == "cpu" and settings["engine.precision"] == "fp16":
+        yield "engine.precision: fp16 contradicts engine.provider=cpu, which computes in fp32; drop one of the two"
 
 
 def _real_names(test: Callable[[str, str], bool], outer: str, inner: str) -> bool:

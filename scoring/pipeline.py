@@ -195,7 +195,8 @@ def size_pools(config: ScoreConfig, resources: Mapping[str, float]) -> Pools:
     """
     cpus = int(config.resources.cpus or resources.get("CPU", 1))
     per_actor = config.resources.gpus
-    gpus = resources.get("GPU", 0.0) if per_actor is None or per_actor > 0 else 0.0
+    may_use = config.engine.provider != "cpu" and (per_actor is None or per_actor > 0)
+    gpus = resources.get("GPU", 0.0) if may_use else 0.0
     if gpus:
         actors = config.resources.actors or max(1, int(gpus / (per_actor or 1.0)))
         workers, threads = max(1, cpus - 1), 1

@@ -338,13 +338,13 @@ def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     flags = {"input.paths": ["data"], "output.path": "data/out"}
-    found = problems(tmp_path, "batch.row=1", "foo", "engine.provider=cuda", flags=flags, text="batch: {rows: x}")
+    found = problems(tmp_path, "batch.row=1", "foo", "images.decode=gpu", flags=flags, text="batch: {rows: x}")
     assert [line.partition(":")[0] for line in found] == [
         "foo",
         "batch.rows",
         "batch.row",
         "predictor.path",
-        "engine.provider",
+        "images.decode",
         "output.path",
     ]
 
@@ -359,17 +359,11 @@ def test_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engine.provider=tensorrt", "engine.provider: 'tensorrt' is not built yet; use auto or torch"),
-        ("engine.provider=cuda", "engine.provider: 'cuda' is not built yet; use auto or torch"),
-        ("engine.provider=cpu", "engine.provider: 'cpu' is not built yet; use auto or torch"),
-        ("engine.precision=fp16", "engine.precision: 'fp16' is not built yet; use auto or fp32"),
         ("images.decode=fast", "images.decode: 'fast' is not built yet; use auto or exact"),
         ("images.decode=gpu", "images.decode: 'gpu' is not built yet; use auto or exact"),
         ("input.on_bad_file=skip", "input.on_bad_file: 'skip' is not built yet; use fail"),
         ("batch.tokens=4096", "batch.tokens: 4096 is not built yet; use batch.rows alone"),
         ("run.incremental=true", "run.incremental: true is not built yet; use false"),
-        ("parity.rows=64", "parity.rows: 64 is not built yet; use 512"),
-        ("parity.max_abs_diff=0.1", "parity.max_abs_diff: 0.1 is not built yet; use 0.005"),
     ],
 )
 def test_setting_that_is_not_built_is_refused(tmp_path: Path, override: str, message: str) -> None:
@@ -379,14 +373,10 @@ def test_setting_that_is_not_built_is_refused(tmp_path: Path, override: str, mes
 @pytest.mark.parametrize(
     "override",
     [
-        "engine.provider=torch",
-        "engine.precision=fp32",
         "images.decode=exact",
         "input.on_bad_file=fail",
         "batch.tokens=null",
         "run.incremental=false",
-        "parity.rows=512",
-        "parity.max_abs_diff=0.005",
     ],
 )
 def test_what_is_built_of_a_half_built_setting_works(tmp_path: Path, override: str) -> None:
@@ -459,8 +449,21 @@ def test_gpus_for_the_cpu_engine_are_refused(tmp_path: Path) -> None:
     assert ("resources.gpus: 0.5 contradicts engine.provider=cpu, which uses none; drop one of the two") in problems(
         tmp_path, "resources.gpus=0.5", "engine.provider=cpu"
     )
-    without = problems(tmp_path, "resources.gpus=0", "engine.provider=cpu")
-    assert [line for line in without if line.startswith("resources")] == []
+    load(tmp_path, "resources.gpus=0", "engine.provider=cpu")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_an_engine_that_needs_a_gpu_without_any_is_refused(tmp_path: Path, provider: str) -> None:
+    assert problems(tmp_path, "resources.gpus=0", f"engine.provider={provider}") == [
+        f"resources.gpus: 0 contradicts engine.provider={provider}, which needs one; drop one of the two"
+    ]
+    load(tmp_path, "resources.gpus=0.5", f"engine.provider={provider}")
+
+
+def test_half_precision_on_the_cpu_engine_is_refused(tmp_path: Path) -> None:
+    assert problems(tmp_path, "engine.precision=fp16", "engine.provider=cpu") == [
+        "engine.precision: fp16 contradicts engine.provider=cpu, which computes in fp32; drop one of the two"
+    ]
 
 
 # --- printing, and secrets
