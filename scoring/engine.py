@@ -1,40 +1,29 @@
-"""Which engine a run uses: the ladder, its gate, and the decision that says why.
+"""Which engine a run uses: the ladder, the one decision that a run's actors share, and `optimize_for_inference`.
 
-Owns the order in which engines are tried, how they are timed and checked, the one decision that a run's actors share, and
-`optimize_for_inference`. How engines are built and run is `engines/`'s; the figures of the gate are `parity.py`'s.
+Owns the order in which engines are tried and which of them pay. How engines are built and run is `engines/`'s, how they are
+checked and timed `gate.py`'s.
 """
 
 import hashlib
-import json
 import logging
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from filelock import FileLock
 
-from scoring.engines.base import Engine, EngineUnavailable, num_rows
-from scoring.engines.build import (
-    DEFAULT_CACHE,
-    EngineRequest,
-    build_compiled,
-    build_engine,
-    has_gpu,
-    original_model,
-    synthetic_sample,
-)
+from scoring.decision import COMPILED, EngineDecision, Rung
+from scoring.engines.base import Engine, EngineUnavailable
+from scoring.engines.build import DEFAULT_CACHE, EngineRequest, build_engine, has_gpu, original_model
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, ParityError
-from scoring.flat import BatchArrays, Logits, Precision
-from scoring.outputs import Outputs
-from scoring.parity import Parity, Scores, compare
+from scoring.flat import BatchArrays, Precision
+from scoring.gate import Gate
+from scoring.optimize import PROVIDERS, install, named_arrays
+from scoring.predictor import extract_spec
 from scoring.storage import create_exclusive, exists, read_bytes
-
-if TYPE_CHECKING:
-    pass
+from scoring.takeover import Takeover
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,99 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TIMED_S = 1.0
 # What a rung costs before its first batch when the cache is empty (seconds, measured on an H100 with the seed model).
 _BUILD_S = {"torch": 0.0, "cpu": 8.0, "cuda": 12.0, "tensorrt": 60.0}
 _COMPILE_S = 60.0
-_COMPILED = "torch-compiled"
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One step of the ladder as it went: used, slower, refused (parity), unavailable, or skipped (would not pay)."""
-
-    provider: str
-    precision: str
-    outcome: str
-    reason: str
-    rows_per_s: float | None = None
-    build_s: float | None = None
-    parity: Mapping[str, Any] | None = None
-
-    def __str__(self) -> str:
-        rate = f", {self.rows_per_s:,.0f} rows/s" if self.rows_per_s else ""
-        return f"{self.provider}-{self.precision} {self.outcome}{rate}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class EngineDecision:
-    """Which engine a run uses on one kind of device, why, and how every other rung fared; stored in the manifest."""
-
-    provider: str
-    precision: Precision
-    device: str
-    reason: str
-    rungs: tuple[Rung, ...] = ()
-    compiles: bool = False
-    """A compiled engine is built beside the first and takes over when it is ready and faster."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.provider}-{self.precision}-{self.device}"
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "EngineDecision":
-        data = json.loads(text)
-        return cls(**{**data, "rungs": tuple(Rung(**rung) for rung in data["rungs"])})
-
-
-class Gate:
-    """Checks and times engines on the sample; the reference is computed once."""
-
-    def __init__(self, request: EngineRequest) -> None:
-        from scoring.engines.torch_engine import TorchEngine
-
-        self._request = request
-        self._outputs = Outputs(request.predictor, request.spec)
-        self._sample = list(request.sample) or synthetic_sample(request)
-        use_gpu = has_gpu() and request.provider != "cpu"
-        self.reference_engine = TorchEngine(
-            request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads
-        )
-        self._reference: Scores | None = None
-
-    def parity(self, engine: Engine) -> Parity:
-        """The engine against the reference on every row of the sample."""
-        if self._reference is None:
-            self._reference = self._scores(self.reference_engine)
-        return compare(self._reference, self._scores(engine))
-
-    def _scores(self, engine: Engine) -> Scores:
-        scores: Scores = self._outputs.comparable(np.concatenate([engine.forward(arrays) for arrays in self._sample]))
-        return scores
-
-    def rows_per_s(self, engine: Engine) -> float:
-        """The engine's rate over the sample, host to host, for about a second; its shapes have been seen before."""
-        rows, start = 0, time.perf_counter()
-        while (seconds := time.perf_counter() - start) < _TIMED_S:
-            for arrays in self._sample:
-                engine.forward(arrays)
-                rows += num_rows(arrays)
-        return rows / seconds
-
-    def examine(self, engine: Engine, build_s: float) -> Rung:
-        """Parity, then the clock."""
-        parity = self.parity(engine)
-        failure = parity.failure(self._request.max_abs_diff)
-        common = {"build_s": round(build_s, 2), "parity": parity.to_dict()}
-        if failure:
-            return Rung(engine.provider, engine.precision, "refused", failure, **common)  # type: ignore[arg-type]
-        rate = self.rows_per_s(engine)
-        reason = f"max difference {parity.max_abs_diff:.1e} on {parity.rows} rows"
-        return Rung(engine.provider, engine.precision, "usable", reason, round(rate, 1), **common)  # type: ignore[arg-type]
 
 
 def choose_engine(request: EngineRequest) -> tuple[Engine, EngineDecision]:
@@ -254,7 +153,7 @@ def _with_takeover(
             if waste
             else ("pending", "compiled beside the first engine; takes over when it is faster")
         )
-        used.append(Rung(_COMPILED, rung.precision, *outcome))
+        used.append(Rung(COMPILED, rung.precision, *outcome))
     decision = EngineDecision(
         engine.provider,
         engine.precision,
@@ -295,85 +194,6 @@ def shared_engine(request: EngineRequest, uri: str) -> tuple[Engine, EngineDecis
     return open_engine(request, decision), decision
 
 
-class Takeover:
-    """Scores with one engine while a compiled one is built in a thread; `settle` changes over when it is ready.
-
-    The compiled one is checked and timed like any other before it scores a row.
-    """
-
-    def __init__(self, request: EngineRequest, gate: Gate, first: Engine, first_rows_per_s: float) -> None:
-        self._request = request
-        self._gate = gate
-        self._engine = first
-        self._first_rows_per_s = first_rows_per_s
-        self._built: list[Engine | Exception] = []
-        self._thread: threading.Thread | None = threading.Thread(target=self._build, name="compile", daemon=True)
-        self._thread.start()
-
-    @property
-    def provider(self) -> str:
-        return self._engine.provider
-
-    @property
-    def precision(self) -> Precision:
-        return self._engine.precision
-
-    @property
-    def device(self) -> str:
-        return self._engine.device
-
-    def _build(self) -> None:
-        try:
-            self._built.append(build_compiled(self._request, self._engine.precision))
-        except Exception as error:
-            self._built.append(error)
-
-    def settle(self, *, wait: bool = False) -> Rung | None:
-        """Change over if the compiled engine is ready; call between batches. Returns how it went, once."""
-        if self._thread is None:
-            return None
-        if wait:
-            self._thread.join()
-        if self._thread.is_alive():
-            return None
-        self._thread = None
-        built = self._built.pop()
-        rung = self._examine(built)
-        logger.info("engine: %s", rung)
-        if isinstance(built, Exception):
-            return rung
-        if rung.outcome == "used":
-            self._engine.close()
-            self._engine = built
-        else:
-            built.close()
-        return rung
-
-    def _examine(self, built: Engine | Exception) -> Rung:
-        name, precision = _COMPILED, self._engine.precision
-        if isinstance(built, Exception):
-            reason = f"{type(built).__name__}: {(str(built).splitlines() or [''])[0]}"
-            return Rung(name, precision, "unavailable", reason)
-        try:
-            rung = self._gate.examine(built, getattr(built, "build_s", 0.0))
-        except Exception as error:
-            return Rung(
-                name, precision, "unavailable", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            )
-        if rung.outcome != "usable":
-            return rung
-        is_faster = (rung.rows_per_s or 0) > self._first_rows_per_s
-        return replace(rung, outcome="used" if is_faster else "slower")
-
-    def forward(self, arrays: BatchArrays) -> Logits:
-        """See `Engine.forward`."""
-        return self._engine.forward(arrays)
-
-    def close(self) -> None:
-        """See `Engine.close`; a build under way is left to end with the process."""
-        self._engine.close()
-
-
 def optimize_for_inference(
     predictor: "MultiModalPredictor",
     provider: str = "auto",
@@ -394,11 +214,6 @@ def optimize_for_inference(
     Raises EngineError when nothing named can run here, ParityError when its scores are not the reference's, PredictorError
     for a predictor that cannot be scored row by row.
     """
-    from functools import partial
-
-    from scoring.optimize import install, named_arrays
-    from scoring.predictor import extract_spec
-
     predictor._learner._model = original_model(predictor)
     spec = extract_spec(predictor)
     arrays: tuple[BatchArrays, ...] = ()
@@ -435,8 +250,6 @@ def _first_of(
     request: EngineRequest, providers: Sequence[str | tuple[str, Mapping[str, Any]]]
 ) -> tuple[Engine, EngineDecision]:
     """Upstream's list: the first provider that runs and passes is used. Raises EngineError when none does."""
-    from scoring.optimize import PROVIDERS
-
     refusals = []
     for item in providers:
         name, options = (item, {}) if isinstance(item, str) else item

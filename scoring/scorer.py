@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 from scoring.collate import micro_batches
 from scoring.columns import mark_rows
 from scoring.config import ScoreConfig
-from scoring.engine import EngineDecision, Rung, Takeover, choose_engine, shared_engine
+from scoring.decision import EngineDecision, Rung
+from scoring.engine import choose_engine, shared_engine
 from scoring.engines.base import Engine
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
@@ -30,6 +31,7 @@ from scoring.outputs import Outputs, score_fields
 from scoring.predictor import load_predictor
 from scoring.spec import FeatureSpec
 from scoring.storage import join, write_bytes
+from scoring.takeover import Takeover
 
 logger = logging.getLogger(__name__)
 

@@ -71,8 +71,10 @@ class Subject:
 
 def compare_engines(subject: Subject) -> dict[str, Any]:
     """{engine: parity figures or why it is not there}, for every provider and precision that this machine has."""
-    from scoring.engine import Gate, Takeover, choose_engine
+    from scoring.engine import choose_engine
     from scoring.errors import EngineError
+    from scoring.gate import Gate
+    from scoring.takeover import Takeover
 
     batches = subject.batches()
     gate = Gate(subject.request(sample=batches))

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from scoring import engine as ladder
-from scoring.engine import Rung, Takeover, choose_engine, shared_engine
+from scoring import takeover
+from scoring.decision import Rung
+from scoring.engine import choose_engine, shared_engine
 from scoring.engines.base import EngineUnavailable
 from scoring.engines.build import EngineRequest
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, ParityError
 from scoring.parity import Parity
+from scoring.takeover import Takeover
 
 
 @dataclass
@@ -82,7 +85,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(ladder, "build_engine", build)
     monkeypatch.setattr(ladder, "Gate", StubGate)
     monkeypatch.setattr(ladder, "has_gpu", lambda: True)
-    monkeypatch.setattr(ladder, "build_compiled", lambda request, precision: pytest.fail("nothing to compile here"))
+    monkeypatch.setattr(takeover, "build_compiled", lambda request, precision: pytest.fail("nothing to compile here"))
     return engines
 
 
@@ -184,7 +187,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> tupl
         ready.wait(10)
         return build()
 
-    monkeypatch.setattr(ladder, "build_compiled", build_compiled)
+    monkeypatch.setattr(takeover, "build_compiled", build_compiled)
 
     def join() -> None:
         for thread in threading.enumerate():

@@ -1,0 +1,62 @@
+"""The gate: an engine is checked against the fp32 network, then timed, on the same rows.
+
+Owns the sample and the reference's scores on it. The figures are `parity.py`'s, the consequences `engine.py`'s.
+"""
+
+import time
+
+import numpy as np
+
+from scoring.decision import Rung
+from scoring.engines.base import Engine, num_rows
+from scoring.engines.build import EngineRequest, has_gpu, synthetic_sample
+from scoring.outputs import Outputs
+from scoring.parity import Parity, Scores, compare
+
+_TIMED_S = 1.0
+
+
+class Gate:
+    """Checks and times engines on the sample; the reference is computed once."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        from scoring.engines.torch_engine import TorchEngine
+
+        self._request = request
+        self._outputs = Outputs(request.predictor, request.spec)
+        self._sample = list(request.sample) or synthetic_sample(request)
+        use_gpu = has_gpu() and request.provider != "cpu"
+        self.reference_engine = TorchEngine(
+            request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads
+        )
+        self._reference: Scores | None = None
+
+    def parity(self, engine: Engine) -> Parity:
+        """The engine against the reference on every row of the sample."""
+        if self._reference is None:
+            self._reference = self._scores(self.reference_engine)
+        return compare(self._reference, self._scores(engine))
+
+    def _scores(self, engine: Engine) -> Scores:
+        scores: Scores = self._outputs.comparable(np.concatenate([engine.forward(arrays) for arrays in self._sample]))
+        return scores
+
+    def rows_per_s(self, engine: Engine) -> float:
+        """The engine's rate over the sample, host to host, for about a second; its shapes have been seen before."""
+        rows, start = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < _TIMED_S:
+            for arrays in self._sample:
+                engine.forward(arrays)
+                rows += num_rows(arrays)
+        return rows / seconds
+
+    def examine(self, engine: Engine, build_s: float) -> Rung:
+        """Parity, then the clock."""
+        parity = self.parity(engine)
+        failure = parity.failure(self._request.max_abs_diff)
+        common = {"build_s": round(build_s, 2), "parity": parity.to_dict()}
+        if failure:
+            return Rung(engine.provider, engine.precision, "refused", failure, **common)  # type: ignore[arg-type]
+        rate = self.rows_per_s(engine)
+        reason = f"max difference {parity.max_abs_diff:.1e} on {parity.rows} rows"
+        return Rung(engine.provider, engine.precision, "usable", reason, round(rate, 1), **common)  # type: ignore[arg-type]

@@ -1,0 +1,95 @@
+"""Taking over: a run scores its first batch at once, and a compiled engine relieves the first one when it is ready.
+
+Owns the thread that compiles and the change from one engine to the other.
+"""
+
+import logging
+import threading
+from dataclasses import replace
+
+from scoring.decision import COMPILED, Rung
+from scoring.engines.base import Engine
+from scoring.engines.build import EngineRequest, build_compiled
+from scoring.flat import BatchArrays, Logits, Precision
+from scoring.gate import Gate
+
+logger = logging.getLogger(__name__)
+
+
+class Takeover:
+    """Scores with one engine while a compiled one is built in a thread; `settle` changes over when it is ready.
+
+    The compiled one is checked and timed like any other before it scores a row.
+    """
+
+    def __init__(self, request: EngineRequest, gate: Gate, first: Engine, first_rows_per_s: float) -> None:
+        self._request = request
+        self._gate = gate
+        self._engine = first
+        self._first_rows_per_s = first_rows_per_s
+        self._built: list[Engine | Exception] = []
+        self._thread: threading.Thread | None = threading.Thread(target=self._build, name="compile", daemon=True)
+        self._thread.start()
+
+    @property
+    def provider(self) -> str:
+        return self._engine.provider
+
+    @property
+    def precision(self) -> Precision:
+        return self._engine.precision
+
+    @property
+    def device(self) -> str:
+        return self._engine.device
+
+    def _build(self) -> None:
+        try:
+            self._built.append(build_compiled(self._request, self._engine.precision))
+        except Exception as error:
+            self._built.append(error)
+
+    def settle(self, *, wait: bool = False) -> Rung | None:
+        """Change over if the compiled engine is ready; call between batches. Returns how it went, once."""
+        if self._thread is None:
+            return None
+        if wait:
+            self._thread.join()
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        built = self._built.pop()
+        rung = self._examine(built)
+        logger.info("engine: %s", rung)
+        if isinstance(built, Exception):
+            return rung
+        if rung.outcome == "used":
+            self._engine.close()
+            self._engine = built
+        else:
+            built.close()
+        return rung
+
+    def _examine(self, built: Engine | Exception) -> Rung:
+        name, precision = COMPILED, self._engine.precision
+        if isinstance(built, Exception):
+            reason = f"{type(built).__name__}: {(str(built).splitlines() or [''])[0]}"
+            return Rung(name, precision, "unavailable", reason)
+        try:
+            rung = self._gate.examine(built, getattr(built, "build_s", 0.0))
+        except Exception as error:
+            return Rung(
+                name, precision, "unavailable", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            )
+        if rung.outcome != "usable":
+            return rung
+        is_faster = (rung.rows_per_s or 0) > self._first_rows_per_s
+        return replace(rung, outcome="used" if is_faster else "slower")
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.forward`."""
+        return self._engine.forward(arrays)
+
+    def close(self) -> None:
+        """See `Engine.close`; a build under way is left to end with the process."""
+        self._engine.close()
