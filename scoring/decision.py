@@ -39,6 +39,8 @@ class EngineDecision:
     device: str
     reason: str
     rungs: tuple[Rung, ...] = ()
+    reference: str = ""
+    """What the rungs' parity was measured against."""
     compiles: bool = False
     """A compiled engine is built beside the first and takes over when it is ready and faster."""
 

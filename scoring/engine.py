@@ -160,6 +160,7 @@ def _with_takeover(
         engine.device,
         f"{reason}: {rung.reason}",
         tuple(used),
+        reference=gate.reference_name,
         compiles=may_compile and not waste,
     )
     logger.info("engine: uses %s, %s", decision.name, decision.reason)
@@ -170,7 +171,7 @@ def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
     """The engine of a decision made elsewhere for the same kind of device: built from the cache, checked once more."""
     engine, build_s = build_engine(request, decision.provider, decision.precision)
     # One batch: the rung was examined on the whole sample; this finds a device that computes otherwise.
-    gate = Gate(replace(request, sample=request.sample[:1]))
+    gate = Gate(replace(request, sample=request.sample[:1], reference=None))
     parity = gate.parity(engine)
     failure = parity.failure(request.max_abs_diff)
     if failure:

@@ -3,6 +3,7 @@
 Owns the sample and the reference's scores on it. The figures are `parity.py`'s, the consequences `engine.py`'s.
 """
 
+import logging
 import time
 
 import numpy as np
@@ -12,6 +13,8 @@ from scoring.engines.base import Engine, num_rows
 from scoring.engines.build import EngineRequest, has_gpu, synthetic_sample
 from scoring.outputs import Outputs
 from scoring.parity import Parity, Scores, compare
+
+logger = logging.getLogger(__name__)
 
 _TIMED_S = 1.0
 
@@ -30,12 +33,30 @@ class Gate:
             request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads
         )
         self._reference: Scores | None = None
+        self.reference_name = ""
 
     def parity(self, engine: Engine) -> Parity:
         """The engine against the reference on every row of the sample."""
         if self._reference is None:
-            self._reference = self._scores(self.reference_engine)
+            self._reference = self._find_reference()
         return compare(self._reference, self._scores(engine))
+
+    def _find_reference(self) -> Scores:
+        if self._request.reference is not None and self._request.sample:
+            try:
+                scores = self._request.reference()
+            except Exception as error:
+                # Upstream fails whole calls where we quarantine a row; the network itself can still be compared.
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("parity: predict_proba(realtime=True) failed on the sample (%s)", reason, exc_info=True)
+                self.reference_name = (
+                    f"the fp32 network on our features, as predict_proba(realtime=True) failed: {reason}"
+                )
+            else:
+                self.reference_name = "predict_proba(realtime=True) in fp32"
+                return scores
+        self.reference_name = self.reference_name or "the fp32 network on our features"
+        return self._scores(self.reference_engine)
 
     def _scores(self, engine: Engine) -> Scores:
         scores: Scores = self._outputs.comparable(np.concatenate([engine.forward(arrays) for arrays in self._sample]))

@@ -44,7 +44,7 @@ from scoring.predictor import (
     refuse_unsupported,
     store_spec,
 )
-from scoring.sample import sample_features
+from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import InputPlan, inspect_files, list_inputs, plan_inputs
 from scoring.sink import PartSchemas, PartSink, reserved_names, write_part
@@ -402,11 +402,11 @@ def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
 
 # max_calls=1: it has decoded images and is not needed again.
 @ray.remote(num_cpus=_IO_CPUS, max_calls=1)  # type: ignore[untyped-decorator]
-def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str) -> pa.Table | None:
+def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str) -> Sample | None:
     _set_up_worker()
     pa.set_cpu_count(1)
     try:
-        return sample_features(inputs, config, FeatureSpec.from_json(spec_json))
+        return draw_sample(inputs, config, FeatureSpec.from_json(spec_json))
     except Exception as error:
         # Whatever is wrong with the input is for its read task to tell; the gate can do with random rows.
         logger.warning(

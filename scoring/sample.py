@@ -1,14 +1,18 @@
-"""A sample of the run's own rows, as features: what engines are checked and timed on before the bulk is scored.
+"""A sample of the run's own rows: what engines are checked and timed on before the bulk is scored.
 
-Owns which rows. They come from shards spread over the whole input, since files are often sorted by day or by source.
+Owns which rows, and both forms of them: features as the actors get them, and cells as AutoGluon itself reads them. Rows come
+from shards spread over the whole input, since files are often sorted by day or by source.
 """
+
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scoring.columns import MODEL_PREFIX
 from scoring.config import ScoreConfig
 from scoring.features import FeatureBuilder
-from scoring.images import ImageFetcher
+from scoring.images import ImageFetcher, split_references
 from scoring.reading import read_shard
 from scoring.shards import InputPlan
 from scoring.spec import FeatureSpec
@@ -19,8 +23,19 @@ _SHARE = 10
 _MIN_ROWS = 64
 
 
-def sample_features(inputs: InputPlan, config: ScoreConfig, spec: FeatureSpec) -> pa.Table | None:
-    """About `parity.rows` rows of the input that have no fault, as features; None if there are none."""
+@dataclass(frozen=True)
+class Sample:
+    """The same rows twice: `features` as scoring actors get them, and `raw`, the predictor's columns by their own names.
+
+    An image column of `raw` holds a list of file contents a row, null for an image that is missing.
+    """
+
+    features: pa.Table
+    raw: pa.Table
+
+
+def draw_sample(inputs: InputPlan, config: ScoreConfig, spec: FeatureSpec) -> Sample | None:
+    """About `parity.rows` rows of the input that have no fault; None if there are none."""
     wanted = min(config.parity.rows, max(_MIN_ROWS, inputs.estimated_rows // _SHARE))
     shards = [shard for shard in inputs.shards if shard.estimated_rows]
     chosen = shards[:: -(-len(shards) // _MAX_SHARDS)] if shards else []
@@ -32,7 +47,24 @@ def sample_features(inputs: InputPlan, config: ScoreConfig, spec: FeatureSpec) -
             break
     if not blocks:
         return None
-    builder = FeatureBuilder(spec, ImageFetcher(config.images), blank_bad_images=config.images.on_error == "blank")
-    features = builder(pa.concat_tables(blocks))
-    good = features.filter(pc.is_null(features["reason"]))
-    return good if good.num_rows else None
+    table = pa.concat_tables(blocks)
+    fetcher = ImageFetcher(config.images)
+    features = FeatureBuilder(spec, fetcher, blank_bad_images=config.images.on_error == "blank")(table)
+    is_good = pc.is_null(features["reason"])
+    good = features.filter(is_good)
+    return Sample(good, _raw_cells(table.filter(is_good), spec, fetcher)) if good.num_rows else None
+
+
+def _raw_cells(table: pa.Table, spec: FeatureSpec, fetcher: ImageFetcher) -> pa.Table:
+    images = {column.name: column for column in spec.image}
+    max_images = max((model.max_images for model in spec.image_models), default=1)
+    columns = {}
+    for name in spec.columns:
+        cells = table[MODEL_PREFIX + name]
+        if name in images:
+            references = split_references(cells, images[name], max_images)
+            fetched = [row[0] for row in fetcher.fetch_all([[row] for row in references])]
+            contents = [[item if isinstance(item, bytes) else None for item in row] for row in fetched]
+            cells = pa.array(contents, pa.list_(pa.binary()))
+        columns[name] = cells
+    return pa.table(columns)

@@ -25,10 +25,12 @@ from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, Reason, Stage
 from scoring.features import FEATURE_PREFIX
-from scoring.flat import BatchArrays, Logits
+from scoring.flat import Logits
 from scoring.meter import Meter
 from scoring.outputs import Outputs, score_fields
 from scoring.predictor import load_predictor
+from scoring.reference import upstream_scores
+from scoring.sample import Sample
 from scoring.spec import FeatureSpec
 from scoring.storage import join, write_bytes
 from scoring.takeover import Takeover
@@ -44,13 +46,13 @@ _CPU_ROWS = 64
 class ActorSetup:
     """What an actor is told beside the predictor: its name, its cores, rows for the gate and where decisions are shared.
 
-    `sample` is a table of features of this run (None: random rows). `decisions` is the folder of the run's decisions, one a
+    `sample` are rows of this run (None: random ones). `decisions` is the folder of the run's decisions, one a
     kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score, about.
     """
 
     actor: str
     num_threads: int = 1
-    sample: pa.Table | None = None
+    sample: Sample | None = None
     decisions: str | None = None
     rows_left: int | None = None
 
@@ -78,7 +80,7 @@ class Scorer:
         )
         self._shapes = request.shapes if on_gpu else None
         load_s = time.perf_counter() - start
-        self._engine, self.decision = _decide(request, setup, self._batches(setup.sample))
+        self._engine, self.decision = _decide(self._with_sample(request, setup.sample), setup)
         self._outputs = Outputs(predictor, spec)
         self.meter = Meter(setup.actor, self._engine.provider)
         total_s = time.perf_counter() - start
@@ -91,10 +93,17 @@ class Scorer:
             self.decision.reason,
         )
 
-    def _batches(self, sample: pa.Table | None) -> list[BatchArrays]:
-        if sample is None or not sample.num_rows:
-            return []
-        return [arrays for _, arrays in micro_batches(sample, self._spec, self._micro_rows, self._shapes)]
+    def _with_sample(self, request: EngineRequest, sample: Sample | None) -> EngineRequest:
+        if sample is None:
+            return request
+        batches = list(micro_batches(sample.features, self._spec, self._micro_rows, self._shapes))
+        order = np.concatenate([places for places, _ in batches])
+        raw, predictor, spec = sample.raw, request.predictor, self._spec
+        return replace(
+            request,
+            sample=[arrays for _, arrays in batches],
+            reference=lambda: upstream_scores(predictor, spec, raw)[order],
+        )
 
     def score(self, table: pa.Table) -> pa.Table:
         """Replace `feat:*` by the score columns and `engine`; same rows, same order.
@@ -139,10 +148,9 @@ class Scorer:
         self._engine.close()
 
 
-def _decide(request: EngineRequest, setup: ActorSetup, sample: list[BatchArrays]) -> tuple[Engine, EngineDecision]:
+def _decide(request: EngineRequest, setup: ActorSetup) -> tuple[Engine, EngineDecision]:
     from scoring.engines.torch_engine import CUDA, device_name
 
-    request = replace(request, sample=sample)
     if setup.decisions is None:
         return choose_engine(request)
     device = device_name(CUDA) if has_gpu() else "cpu"

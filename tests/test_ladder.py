@@ -47,6 +47,8 @@ class StubEngine:
 class StubGate:
     """The gate's interface over stub engines."""
 
+    reference_name = "told"
+
     def __init__(self, request: EngineRequest) -> None:
         self._limit = request.max_abs_diff
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from scoring.config import ScoreConfig
-from scoring.sample import sample_features
+from scoring.sample import draw_sample
 from scoring.shards import inspect_files, list_inputs, plan_inputs
 from scoring.spec import FeatureSpec, NumericalColumn
 
@@ -38,7 +38,12 @@ def sample(folder: Path, **parity: Any) -> Any:
         }
     )
     plan = plan_inputs(inspect_files(list_inputs(config.input), config.input), SPEC, config.input, ())
-    return sample_features(plan, config, SPEC)
+    found = draw_sample(plan, config, SPEC)
+    if found is None:
+        return None
+    assert found.raw.column_names == ["x"]
+    assert found.raw.num_rows == found.features.num_rows
+    return found.features
 
 
 def test_rows_come_from_shards_over_the_whole_input(tmp_path: Path) -> None:

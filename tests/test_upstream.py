@@ -42,6 +42,13 @@ def test_scores_equal_the_reference_one_row_at_a_time_and_in_batches(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_gates_reference_is_upstream_on_the_samples_own_cells(
+    name: str, comparisons: dict[str, Comparison]
+) -> None:
+    assert comparisons[name].sample_diff <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_features_equal_upstreams_own_processors_value_by_value(name: str, comparisons: dict[str, Comparison]) -> None:
     features = comparisons[name].features
     assert features

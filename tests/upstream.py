@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class Comparison:
     """One predictor's figures. `max_abs_diff` by batch size; regression in standard deviations of the label.
 
+    `sample_diff` is the gate's own comparison: a sample of the input by both, upstream's from cells and files.
     `features` maps an upstream batch key to the largest difference from ours, nan where shapes or dtypes differ.
     """
 
@@ -41,6 +42,7 @@ class Comparison:
     spread: float
     max_abs_diff: dict[str, float]
     label_flips: int
+    sample_diff: float
     features: dict[str, float]
     quarantined: list[str]
 
@@ -89,6 +91,8 @@ def compare_one(predictor_path: Path, rows: Path) -> Comparison:
             "input": {"paths": (str(rows),)},
             "predictor": {"path": str(predictor_path)},
             "output": {"path": "unused"},
+            "images": {"base": str(rows.parent)},
+            "parity": {"rows": 48},
             "engine": {"provider": "torch", "precision": "fp32", "cache": str(predictor_path.parents[1] / "cache")},
         }
     )
@@ -110,9 +114,31 @@ def compare_one(predictor_path: Path, rows: Path) -> Comparison:
         label_flips=0
         if spec.is_regression
         else int((scores["256"]["prediction"].to_pandas() != wanted["prediction"]).sum()),
+        sample_diff=compare_sample(predictor, spec, config),
         features=compare_features(predictor, spec, usable, frame),
         quarantined=[reason for reason in features["reason"].to_pylist() if reason is not None],
     )
+
+
+def compare_sample(predictor: Any, spec: FeatureSpec, config: ScoreConfig) -> float:
+    """The fp32 network on a drawn sample's features against upstream on its raw cells: what the gate holds engines to."""
+    from scoring.collate import micro_batches
+    from scoring.engines.torch_engine import TorchEngine
+    from scoring.outputs import Outputs
+    from scoring.parity import compare as compare_scores
+    from scoring.reference import upstream_scores
+    from scoring.sample import draw_sample
+
+    plan = plan_inputs(inspect_files(list_inputs(config.input), config.input), spec, config.input, ())
+    sample = draw_sample(plan, config, spec)
+    assert sample is not None
+    engine = TorchEngine(predictor, spec, "fp32", use_gpu=False, num_threads=1)
+    (batch,) = micro_batches(sample.features, spec, max_rows=sample.features.num_rows, shapes=None)
+    places, arrays = batch
+    found = Outputs(predictor, spec).comparable(engine.forward(arrays))
+    parity = compare_scores(upstream_scores(predictor, spec, sample.raw)[places], found)
+    assert parity.rows == sample.raw.num_rows >= 32
+    return parity.max_abs_diff
 
 
 def reference(predictor: Any, frame: pd.DataFrame) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from scoring.engines.base import Engine, EngineUnavailable, Shapes
 from scoring.engines.cache import EngineCache, Key
 from scoring.export import EXPORT_VERSION, AttentionShape, Target, export_onnx, optimize_graph
 from scoring.flat import BatchArrays, Precision, synthetic_arrays
+from scoring.parity import Scores
 from scoring.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class EngineRequest:
     batch_rows: int = 256
     num_threads: int = 1
     sample: Sequence[BatchArrays] = ()
+    reference: Callable[[], Scores] | None = None
+    """Upstream's scores of the sample's rows, in its order; without it, or where it raises, the fp32 network's."""
     rows_left: int | None = None
     max_abs_diff: float = 0.005
     provider_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
