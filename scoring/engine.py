@@ -20,9 +20,10 @@ from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, ParityError
 from scoring.flat import BatchArrays, Precision
 from scoring.gate import Gate
+from scoring.ledger import OPEN_DECISIONS
 from scoring.optimize import PROVIDERS, install, named_arrays
 from scoring.predictor import extract_spec
-from scoring.storage import create_exclusive, exists, read_bytes
+from scoring.storage import create_exclusive, exists, join, read_bytes
 from scoring.takeover import Takeover
 
 if TYPE_CHECKING:
@@ -188,11 +189,17 @@ def shared_engine(request: EngineRequest, uri: str) -> tuple[Engine, EngineDecis
     with FileLock(request.cache.local / f"decision-{digest}.lock"):
         if not exists(uri):
             engine, decision = choose_engine(request)
-            if create_exclusive(uri, decision.to_json().encode()):
+            # A run that has ended has no place for decisions: its last actors may still be loading.
+            if not is_open(uri) or create_exclusive(uri, decision.to_json().encode()):
                 return engine, decision
             engine.close()  # an actor of another node was first
     decision = EngineDecision.from_json(read_bytes(uri).decode())
     return open_engine(request, decision), decision
+
+
+def is_open(uri: str) -> bool:
+    """Whether the run that a decision's URI belongs to still takes decisions."""
+    return exists(join(uri.rpartition("/")[0], OPEN_DECISIONS))
 
 
 def optimize_for_inference(

@@ -25,6 +25,8 @@ from scoring.storage import exists, join, list_names, read_bytes, remove_tree, r
 logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
+OPEN_DECISIONS = "open"
+"""In the folder of an attempt's decisions for as long as they may be written."""
 _TOP_REASONS = 3
 
 Range = tuple[int, int]
@@ -149,12 +151,16 @@ class AttemptFolder:
         """Where scoring actors leave their engine decisions, one file a kind of device, and what came of them later."""
         return join(self._work_uri, "engines")
 
+    def open_decisions(self) -> None:
+        """Let actors write decisions: one that is still loading when the run is published must not bring `_work` back."""
+        write_bytes(join(self.decisions_uri, OPEN_DECISIONS), b"")
+
     def decisions(self) -> dict[str, dict[str, Any]]:
         """The engine decisions and later events by file name, less its ending."""
-        names = sorted(list_names(self.decisions_uri))
+        names = [name for name in sorted(list_names(self.decisions_uri)) if name.endswith(".json")]
         return {
-            name.removesuffix(".json"): json.loads(text)
-            for name, text in zip(names, self._texts("engines"), strict=True)
+            name.removesuffix(".json"): json.loads(read_bytes(join(self.decisions_uri, name)).decode())
+            for name in names
         }
 
     def read_notes(self) -> dict[int, int]:

@@ -353,6 +353,7 @@ def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     logger.info("run %s: attempt %s, %s", plan.run.run_id, attempt.attempt, plan.pools)
     if plan.inputs.has_exact_rows and not plan.inputs.estimated_rows:
         return {}
+    attempt.open_decisions()
     config, pools = plan.config, plan.pools
     context = DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES

@@ -6,6 +6,7 @@ Owns one actor's work: its engine, its micro-batches and its meter. No Ray insid
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from scoring.collate import micro_batches
 from scoring.columns import mark_rows
 from scoring.config import ScoreConfig
 from scoring.decision import EngineDecision, Rung
-from scoring.engine import choose_engine, shared_engine
+from scoring.engine import choose_engine, is_open, shared_engine
 from scoring.engines.base import Engine
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
@@ -133,7 +134,7 @@ class Scorer:
         """Keep how a compiled engine fared beside the decision, for the manifest."""
         if rung is not None and self._setup.decisions is not None:
             uri = join(self._setup.decisions, f"takeover-{self._setup.actor}.json")
-            write_bytes(uri, json.dumps({"actor": self._setup.actor, **asdict(rung)}).encode())
+            _tell(uri, {"actor": self._setup.actor, **asdict(rung)})
 
     def _logits(self, table: pa.Table) -> Logits:
         width = max(1, len(self._spec.class_labels))
@@ -160,8 +161,13 @@ def _decide(request: EngineRequest, setup: ActorSetup) -> tuple[Engine, EngineDe
     except EngineError as error:
         # Ray hands the driver an actor's death, not its error: the driver reads this one and ends as it says.
         document = {"error": type(error).__name__, "message": str(error)}
-        write_bytes(join(setup.decisions, f"refused-{setup.actor}.json"), json.dumps(document).encode())
+        _tell(join(setup.decisions, f"refused-{setup.actor}.json"), document)
         raise
+
+
+def _tell(uri: str, document: Mapping[str, Any]) -> None:
+    if is_open(uri):
+        write_bytes(uri, json.dumps(document).encode())
 
 
 def engine_name(engine: Engine) -> str:

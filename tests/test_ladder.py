@@ -168,6 +168,7 @@ def test_actors_of_one_run_share_one_decision(
 ) -> None:
     uri = str(tmp_path / "engines" / "H100.json")
     (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "open").touch()
     _, first = shared_engine(request_for(tmp_path), uri)
     # The clock of another actor would have preferred torch.
     other = machine["torch", "fp16"]
@@ -179,6 +180,13 @@ def test_actors_of_one_run_share_one_decision(
     cast("Any", engine).difference = 0.5
     with pytest.raises(ParityError, match="although another actor's copy passed"):
         shared_engine(request_for(tmp_path), uri)
+
+
+def test_an_actor_that_loads_after_the_run_has_ended_writes_nothing(machine: Machine, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "_work"
+    engine, _ = shared_engine(request_for(tmp_path / "cache"), str(folder / "H100.json"))
+    assert engine is machine["cuda", "fp16"]
+    assert not folder.exists()
 
 
 def compiling(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> tuple[threading.Event, Callable[[], None]]:
