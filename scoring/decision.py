@@ -13,6 +13,11 @@ from scoring.flat import Precision
 COMPILED = "torch-compiled"
 
 
+def describe_error(error: Exception) -> str:
+    """An error in one line, for a rung's reason; some have no text."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 @dataclass(frozen=True)
 class Rung:
     """One step of the ladder as it went: used, slower, refused (parity), unavailable, or skipped (would not pay)."""

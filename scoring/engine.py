@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from scoring.decision import COMPILED, EngineDecision, Rung
+from scoring.decision import COMPILED, EngineDecision, Rung, describe_error
 from scoring.engines.base import Engine, EngineUnavailable
 from scoring.engines.build import DEFAULT_CACHE, EngineRequest, build_engine, has_gpu, original_model
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, ParityError
 from scoring.flat import BatchArrays, Precision
 from scoring.gate import Gate
-from scoring.ledger import OPEN_DECISIONS
+from scoring.ledger import takes_decisions
 from scoring.optimize import PROVIDERS, install, named_arrays
 from scoring.predictor import extract_spec
-from scoring.storage import create_exclusive, exists, join, read_bytes
+from scoring.storage import create_exclusive, exists, read_bytes
 from scoring.takeover import Takeover
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def _try(
     waste = _would_not_pay(request.rows_left, best, _BUILD_S[provider])
     if waste:
         return Rung(provider, precision, "skipped", waste), None
+    engine: Engine | None = None
     try:
         engine, build_s = build_engine(request, provider, precision)
         rung = gate.examine(engine, build_s)
@@ -112,8 +113,10 @@ def _try(
         return Rung(provider, precision, "unavailable", str(error)), None
     except Exception as error:
         # A model that cannot be exported or a kernel that is missing costs its rung, not the run.
-        logger.debug("engine: %s-%s", provider, precision, exc_info=True)
-        return Rung(provider, precision, "unavailable", f"{type(error).__name__}: {str(error).splitlines()[0]}"), None
+        logger.warning("engine: %s-%s failed", provider, precision, exc_info=True)
+        if engine is not None:
+            engine.close()
+        return Rung(provider, precision, "unavailable", describe_error(error)), None
     if rung.outcome != "usable":
         engine.close()
         return rung, None
@@ -170,7 +173,12 @@ def _with_takeover(
 
 def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
     """The engine of a decision made elsewhere for the same kind of device: built from the cache, checked once more."""
-    engine, build_s = build_engine(request, decision.provider, decision.precision)
+    try:
+        engine, build_s = build_engine(request, decision.provider, decision.precision)
+    except EngineUnavailable as error:
+        raise EngineError(
+            f"engine: {decision.name} runs in another actor of this run and not here: {error}. Look at this node"
+        ) from error
     # One batch: the rung was examined on the whole sample; this finds a device that computes otherwise.
     gate = Gate(replace(request, sample=request.sample[:1], reference=None))
     parity = gate.parity(engine)
@@ -190,16 +198,11 @@ def shared_engine(request: EngineRequest, uri: str) -> tuple[Engine, EngineDecis
         if not exists(uri):
             engine, decision = choose_engine(request)
             # A run that has ended has no place for decisions: its last actors may still be loading.
-            if not is_open(uri) or create_exclusive(uri, decision.to_json().encode()):
+            if not takes_decisions(uri) or create_exclusive(uri, decision.to_json().encode()):
                 return engine, decision
             engine.close()  # an actor of another node was first
     decision = EngineDecision.from_json(read_bytes(uri).decode())
     return open_engine(request, decision), decision
-
-
-def is_open(uri: str) -> bool:
-    """Whether the run that a decision's URI belongs to still takes decisions."""
-    return exists(join(uri.rpartition("/")[0], OPEN_DECISIONS))
 
 
 def optimize_for_inference(
@@ -250,7 +253,7 @@ def optimize_for_inference(
         assert rung is not None
         rungs = tuple(rung if item.outcome == "pending" else item for item in decision.rungs)
         decision = replace(decision, provider=engine.provider, rungs=rungs, compiles=False)
-    install(predictor, engine, spec, partial(optimize_for_inference, predictor))
+    install(predictor, engine, spec, batch_rows, partial(optimize_for_inference, predictor))
     return decision
 
 

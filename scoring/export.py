@@ -44,7 +44,7 @@ def export_onnx(predictor: "MultiModalPredictor", spec: FeatureSpec, path: Path)
 
     model = flat_model(predictor, spec, "fp32", for_export=True)
     inputs = describe_inputs(spec)
-    # Two rows and odd sizes: a size of 1 would be traced as one that broadcasts.
+    # Three rows and odd sizes: a size of 1 would be traced as one that broadcasts.
     tokens = min([17, *(text_model.max_len for text_model in spec.text_models)])
     arrays = synthetic_arrays(predictor, spec, rows=3, tokens=tokens)
     free = {item.name: {axis: size for axis, size in enumerate(item.shape) if isinstance(size, str)} for item in inputs}

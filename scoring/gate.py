@@ -1,4 +1,4 @@
-"""The gate: an engine is checked against the fp32 network, then timed, on the same rows.
+"""The gate: an engine is checked against the reference (see `reference.py`), then timed, on the same rows.
 
 Owns the sample and the reference's scores on it. The figures are `parity.py`'s, the consequences `engine.py`'s.
 """

@@ -25,8 +25,8 @@ from scoring.storage import exists, join, list_names, read_bytes, remove_tree, r
 logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
-OPEN_DECISIONS = "open"
-"""In the folder of an attempt's decisions for as long as they may be written."""
+# In the folder of an attempt's decisions for as long as they may be written.
+_OPEN_DECISIONS = "open"
 _TOP_REASONS = 3
 
 Range = tuple[int, int]
@@ -153,7 +153,7 @@ class AttemptFolder:
 
     def open_decisions(self) -> None:
         """Let actors write decisions: one that is still loading when the run is published must not bring `_work` back."""
-        write_bytes(join(self.decisions_uri, OPEN_DECISIONS), b"")
+        write_bytes(join(self.decisions_uri, _OPEN_DECISIONS), b"")
 
     def decisions(self) -> dict[str, dict[str, Any]]:
         """The engine decisions and later events by file name, less its ending."""
@@ -181,6 +181,11 @@ class AttemptFolder:
     def _texts(self, kind: str) -> list[str]:
         folder = join(self._work_uri, kind)
         return [read_bytes(join(folder, name)).decode() for name in sorted(list_names(folder))]
+
+
+def takes_decisions(uri: str) -> bool:
+    """Whether the run that a decision's URI belongs to is still there to read it."""
+    return exists(join(uri.rpartition("/")[0], _OPEN_DECISIONS))
 
 
 class RunFolder:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from scoring.engines.base import Engine
+from scoring.engines.base import Engine, num_rows
 from scoring.engines.build import original_model
-from scoring.flat import Logits
+from scoring.flat import BatchArrays, Logits
 from scoring.spec import FeatureSpec, ImageModel
 
 if TYPE_CHECKING:
@@ -31,18 +31,23 @@ _REFIT = (
 )
 
 
-def install(predictor: "MultiModalPredictor", engine: Engine, spec: FeatureSpec, again: Callable[..., Any]) -> None:
-    """Let `predict`, `predict_proba` and `evaluate` use the engine; `again` becomes the predictor's own method."""
+def install(
+    predictor: "MultiModalPredictor", engine: Engine, spec: FeatureSpec, batch_rows: int, again: Callable[..., Any]
+) -> None:
+    """Let `predict`, `predict_proba` and `evaluate` use the engine, `batch_rows` at a time; `again` becomes the
+    predictor's own method."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError(_REFIT)
 
-    predictor._learner._model = _engine_module(original_model(predictor), engine, spec)
+    predictor._learner._model = _engine_module(original_model(predictor), engine, spec, batch_rows)
     predictor.optimize_for_inference = again
     predictor.fit = refuse
 
 
-def _engine_module(original: "torch.nn.Module", engine: Engine, spec: FeatureSpec) -> "torch.nn.Module":
+def _engine_module(
+    original: "torch.nn.Module", engine: Engine, spec: FeatureSpec, batch_rows: int
+) -> "torch.nn.Module":
     import torch
 
     class EngineModule(torch.nn.Module):
@@ -70,9 +75,16 @@ def _engine_module(original: "torch.nn.Module", engine: Engine, spec: FeatureSpe
             # A predictor fitted on a GPU predicts under autocast, which the engine's own precision must not see: a compiled
             # network would be compiled again.
             with self._lock, torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-                logits: Logits = self._engine.forward(named_arrays(batch, spec))
-            found = torch.from_numpy(np.array(logits))
+                logits = self._forward(named_arrays(batch, spec))
+            found = torch.from_numpy(logits)
             return {self.prefix: {"logits": found.to(_device_of(batch))}}
+
+        def _forward(self, arrays: BatchArrays) -> Logits:
+            # realtime=True makes one batch of a frame of any length, and an engine is built for `batch_rows` at most.
+            starts = range(0, num_rows(arrays), batch_rows)
+            pieces = [{name: array[start : start + batch_rows] for name, array in arrays.items()} for start in starts]
+            # A copy: an engine may overwrite its logits at the next call.
+            return np.concatenate([np.array(self._engine.forward(piece)) for piece in pieces])
 
     return EngineModule()
 

@@ -1,6 +1,6 @@
-"""The parity gate: an engine's scores against the reference's, on the same rows.
+"""Parity: an engine's scores against the reference's, on the same rows.
 
-Owns the figures and the verdict. The reference is fp32 torch with TF32 off, which equals `predict_proba(df, realtime=True)`.
+Owns the figures and the verdict; whose scores they are is `gate.py`'s.
 """
 
 from dataclasses import asdict, dataclass

@@ -20,13 +20,14 @@ from scoring.collate import micro_batches
 from scoring.columns import mark_rows
 from scoring.config import ScoreConfig
 from scoring.decision import EngineDecision, Rung
-from scoring.engine import choose_engine, is_open, shared_engine
+from scoring.engine import choose_engine, shared_engine
 from scoring.engines.base import Engine
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, Reason, Stage
 from scoring.features import FEATURE_PREFIX
 from scoring.flat import Logits
+from scoring.ledger import takes_decisions
 from scoring.meter import Meter
 from scoring.outputs import Outputs, score_fields
 from scoring.predictor import load_predictor
@@ -166,7 +167,7 @@ def _decide(request: EngineRequest, setup: ActorSetup) -> tuple[Engine, EngineDe
 
 
 def _tell(uri: str, document: Mapping[str, Any]) -> None:
-    if is_open(uri):
+    if takes_decisions(uri):
         write_bytes(uri, json.dumps(document).encode())
 
 

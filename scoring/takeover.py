@@ -7,7 +7,7 @@ import logging
 import threading
 from dataclasses import replace
 
-from scoring.decision import COMPILED, Rung
+from scoring.decision import COMPILED, Rung, describe_error
 from scoring.engines.base import Engine
 from scoring.engines.build import EngineRequest, build_compiled
 from scoring.flat import BatchArrays, Logits, Precision
@@ -47,6 +47,7 @@ class Takeover:
         try:
             self._built.append(build_compiled(self._request, self._engine.precision))
         except Exception as error:
+            logger.warning("engine: compiling failed", exc_info=True)
             self._built.append(error)
 
     def settle(self, *, wait: bool = False) -> Rung | None:
@@ -73,14 +74,12 @@ class Takeover:
     def _examine(self, built: Engine | Exception) -> Rung:
         name, precision = COMPILED, self._engine.precision
         if isinstance(built, Exception):
-            reason = f"{type(built).__name__}: {(str(built).splitlines() or [''])[0]}"
-            return Rung(name, precision, "unavailable", reason)
+            return Rung(name, precision, "unavailable", describe_error(built))
         try:
             rung = self._gate.examine(built, getattr(built, "build_s", 0.0))
         except Exception as error:
-            return Rung(
-                name, precision, "unavailable", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            )
+            logger.warning("engine: %s failed on the sample", name, exc_info=True)
+            return Rung(name, precision, "unavailable", describe_error(error))
         if rung.outcome != "usable":
             return rung
         is_faster = (rung.rows_per_s or 0) > self._first_rows_per_s

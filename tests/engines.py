@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 
 from scoring.spec import FeatureSpec
-from tests.upstream import build_features
+from tests.upstream import build_features, reference
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TUTORIAL_ROWS = 24
@@ -51,14 +51,31 @@ class Subject:
         self.rows = pd.read_parquet(rows)
 
     def batches(self, max_rows: int = 64) -> list[Any]:
+        return self.batches_and_reference(max_rows, with_reference=False)[0]
+
+    def batches_and_reference(self, max_rows: int = 64, *, with_reference: bool = True) -> tuple[list[Any], Any]:
+        """Micro-batches of the good rows, and what `predict_proba(realtime=True)` says of them, in the batches' order."""
         from scoring.collate import micro_batches
         from scoring.engines.build import has_gpu
 
         features = build_features(self.spec, self.rows_path)
-        good = features.filter(pa.array([reason is None for reason in features["reason"].to_pylist()]))
+        is_good = [reason is None for reason in features["reason"].to_pylist()]
         # On two cores an image costs 10 ms an engine.
-        good = good if has_gpu() else good.slice(0, CPU_ROWS)
-        return [arrays for _, arrays in micro_batches(good, self.spec, max_rows, self.request().shapes)]
+        count = sum(is_good) if has_gpu() else CPU_ROWS
+        good = features.filter(pa.array(is_good)).slice(0, count)
+        batches = list(micro_batches(good, self.spec, max_rows, self.request().shapes))
+        scores = None
+        if with_reference:
+            order = np.concatenate([places for places, _ in batches])
+            scores = self._upstream(self.rows[np.array(is_good)].head(count).reset_index(drop=True))[order]
+        return [arrays for _, arrays in batches], scores
+
+    def _upstream(self, frame: pd.DataFrame) -> Any:
+        wanted = reference(self.predictor, frame)
+        if not self.spec.is_regression:
+            return wanted[[f"proba_{label}" for label in self.spec.class_labels]].to_numpy(np.float32)
+        unit = float(self.predictor._learner._df_preprocessor.label_scaler.scale_[0])
+        return (wanted[["prediction"]].to_numpy() / unit).astype(np.float32)
 
     def request(self, **changes: Any) -> Any:
         from dataclasses import replace
@@ -76,8 +93,8 @@ def compare_engines(subject: Subject) -> dict[str, Any]:
     from scoring.gate import Gate
     from scoring.takeover import Takeover
 
-    batches = subject.batches()
-    gate = Gate(subject.request(sample=batches))
+    batches, wanted = subject.batches_and_reference()
+    gate = Gate(subject.request(sample=batches, reference=lambda: wanted))
     table: dict[str, Any] = {}
     for name, build in _ways(subject.request(sample=batches), is_usual=subject.name in ("seed", "preset")).items():
         try:
@@ -88,15 +105,19 @@ def compare_engines(subject: Subject) -> dict[str, Any]:
             table[name] = {"failed": f"{type(error).__name__}: {error}"[:400]}
     try:
         # So many rows that an export pays and, on a GPU, a compile does not.
-        engine, decision = choose_engine(subject.request(sample=batches, rows_left=500_000))
+        engine, decision = choose_engine(subject.request(sample=batches, reference=lambda: wanted, rows_left=500_000))
         if isinstance(engine, Takeover):
             engine.settle(wait=True)
         table["auto"] = {"chosen": decision.name, "rungs": [str(rung) for rung in decision.rungs]}
         engine.close()
     except EngineError as error:
         table["auto"] = {"failed": str(error)}
-    spread = gate._scores(gate.reference_engine)
-    return {"engines": table, "spread": float(spread.std(axis=0).max()), "problem_type": subject.spec.problem_type}
+    return {
+        "engines": table,
+        "reference": gate.reference_name,
+        "spread": float(wanted.std(axis=0).max()),
+        "problem_type": subject.spec.problem_type,
+    }
 
 
 def _ways(request: Any, *, is_usual: bool) -> dict[str, Callable[[], Any]]:
@@ -128,7 +149,8 @@ def run_tutorial(subject: Subject) -> dict[str, Any]:
     plain = load_predictor(subject.path)
     before = plain.predict_proba(rows)
     fast = load_predictor(subject.path)
-    decision = optimize_for_inference(fast, cache=str(subject.cache))
+    # Fewer rows than a frame has: realtime=True gives the engine the whole frame as one batch.
+    decision = optimize_for_inference(fast, cache=str(subject.cache), batch_rows=10)
     first, second = fast.predict_proba(rows), fast.predict_proba(rows)
     realtime = fast.predict_proba(rows, realtime=True)
     np.testing.assert_allclose(first, before, atol=0.01)

@@ -43,6 +43,7 @@ def test_every_engine_equals_the_reference_on_the_predictors_own_rows(name: str,
     found = figures["compare_engines"][name]
     print(f"{name}: {found}")
     assert found["spread"] > 1e-3, "constant scores would prove nothing"
+    assert found["reference"] == "predict_proba(realtime=True) in fp32", "not our own network against itself"
     for engine in ("torch-fp32", "cpu-fp32"):
         parity = found["engines"][engine]
         assert parity["rows"] == engines.CPU_ROWS

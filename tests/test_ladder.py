@@ -182,6 +182,34 @@ def test_actors_of_one_run_share_one_decision(
         shared_engine(request_for(tmp_path), uri)
 
 
+def test_an_actor_that_cannot_have_the_shared_engine_says_so(machine: Machine, tmp_path: Path) -> None:
+    uri = str(tmp_path / "engines" / "H100.json")
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "open").touch()
+    shared_engine(request_for(tmp_path), uri)
+    machine["cuda", "fp16"] = EngineUnavailable("no driver")
+    with pytest.raises(EngineError, match=r"cuda-fp16-H100 runs in another actor of this run and not here: no driver"):
+        shared_engine(request_for(tmp_path), uri)
+
+
+def test_an_engine_that_raises_without_a_word_costs_its_rung_alone(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = machine["cuda", "fp16"]
+    examine = StubGate.examine
+
+    def fail(gate: StubGate, engine: StubEngine, build_s: float) -> Rung:
+        if engine is broken:
+            raise AssertionError
+        return examine(gate, engine, build_s)
+
+    monkeypatch.setattr(StubGate, "examine", fail)
+    engine, decision = choose_engine(request_for(tmp_path))
+    assert engine is machine["torch", "fp16"]
+    assert next(rung for rung in decision.rungs if rung.provider == "cuda").reason == "AssertionError"
+    assert cast("StubEngine", broken).is_closed
+
+
 def test_an_actor_that_loads_after_the_run_has_ended_writes_nothing(machine: Machine, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "_work"
     engine, _ = shared_engine(request_for(tmp_path / "cache"), str(folder / "H100.json"))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scoring.engines.base import EngineUnavailable, Shapes, num_rows, num_tokens, pad_arrays, sizes_of
-from scoring.engines.torch_engine import CUDA, device_name, to_tensor
+from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
+from scoring.engines.torch_engine import CUDA, device_name, forward_padded
 from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
 from scoring.spec import FeatureSpec
 
@@ -107,11 +107,7 @@ class OnnxGpuEngine:
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
-        rows = num_rows(arrays)
-        padded = pad_arrays(arrays, *self._shapes.fit(rows, num_tokens(arrays)))
-        tensors = [to_tensor(padded[item.name], CUDA) for item in self._inputs]
-        logits: Logits = self.run(tensors)[:rows].cpu().numpy()
-        return logits
+        return forward_padded(self.run, [item.name for item in self._inputs], self._shapes, arrays)
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""

@@ -6,6 +6,7 @@ one CUDA graph a shape: a compile a shape took 19 to 29 s, twelve of them five m
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,16 @@ def device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(0) if device != "cpu" else "cpu"
+
+
+def forward_padded(
+    run: "Callable[[list[torch.Tensor]], torch.Tensor]", names: Sequence[str], shapes: Shapes, arrays: BatchArrays
+) -> Logits:
+    """A host batch through `run` on the GPU, padded to one of `shapes`; logits of its own rows on the host."""
+    rows = num_rows(arrays)
+    padded = pad_arrays(arrays, *shapes.fit(rows, num_tokens(arrays)))
+    logits: Logits = run([to_tensor(padded[name], CUDA) for name in names])[:rows].cpu().numpy()
+    return logits
 
 
 class TorchEngine:
@@ -128,10 +139,7 @@ class CompiledEngine:
 
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
-        rows = num_rows(arrays)
-        padded = pad_arrays(arrays, *self._shapes.fit(rows, num_tokens(arrays)))
-        logits: Logits = self.run([to_tensor(padded[name], CUDA) for name in self._names])[:rows].cpu().numpy()
-        return logits
+        return forward_padded(self.run, self._names, self._shapes, arrays)
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors of one of the engine's shapes, on the GPU -> logits there, valid until the next call."""
