@@ -174,6 +174,11 @@ def _print_plan(plan: Any) -> None:
             "actors",
             f"{pools.scoring_actors} scoring ({pools.gpus_per_actor:g} GPU each), {pools.feature_workers} for features",
         ),
+        (
+            "images",
+            f"{plan.decode.mode}, {plan.decode.cpu_share:.0%} of them decoded on cores" if plan.spec.image else "none",
+        ),
+        ("batches", f"{plan.flow.block_rows} a block of features, {plan.flow.window_rows} a window of scoring"),
     ):
         facts.add_row(name, str(value))
     console.print(facts)

@@ -13,28 +13,60 @@ import pyarrow.compute as pc
 
 from scoring.engines.base import Shapes
 from scoring.features import CATEGORICAL, FEATURE_PREFIX, NUMERICAL, feature_name
+from scoring.flat import BatchArrays
 from scoring.spec import FeatureSpec, ImageModel, TextModel
 
 Places = npt.NDArray[np.intp]
 
+# Fewer rows than this part of a full batch are not worth a batch of their own: they join the next longer step.
+_LEFT_OVER = 4
+
 
 def micro_batches(
-    table: pa.Table, spec: FeatureSpec, max_rows: int, shapes: Shapes | None
+    table: pa.Table,
+    spec: FeatureSpec,
+    max_rows: int,
+    shapes: Shapes | None,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[Places, dict[str, npt.NDArray[Any]]]]:
     """The rows of a features table as batches of at most `max_rows`: their places in the table, and their arrays.
 
-    Rows of like length go together, since a batch is padded to its longest. With `shapes` a batch holds the rows of one
-    token step only.
+    Rows of like length go together, since a batch is padded to its longest. With `shapes` batches are cut to be of those
+    shapes as far as possible; `max_tokens` bounds rows x padded tokens.
     """
     lengths = token_counts(table, spec)
     order = np.argsort(lengths, kind="stable")
-    steps = np.array([shapes.fit(1, int(length))[1] for length in lengths[order]]) if shapes else np.zeros(len(order))
-    start = 0
-    while start < len(order):
-        end = min(start + max_rows, int(np.searchsorted(steps, steps[start], side="right")))
+    for start, end in cut(lengths[order], max_rows, shapes, max_tokens):
         places = order[start:end]
         yield places, collate(table.take(pa.array(places)), spec)
-        start = end
+
+
+def cut(
+    lengths: npt.NDArray[np.int64], max_rows: int, shapes: Shapes | None, max_tokens: int | None
+) -> Iterator[tuple[int, int]]:
+    """Ascending lengths -> [start, end) of each batch.
+
+    With shapes, a batch has one of their row counts and the rows of one token step; the few that are left over join the
+    next longer step, and the last ones alone are padded with rows.
+    """
+    start = 0
+    if shapes is None:
+        while start < len(lengths):
+            end = min(start + max_rows, len(lengths))
+            while max_tokens and end > start + 1 and (end - start) * lengths[end - 1] > max_tokens:
+                end -= 1
+            yield start, end
+            start = end
+        return
+    steps = np.array([shapes.fit(1, int(length))[1] for length in lengths])
+    for step in np.unique(steps).tolist():
+        end = int(np.searchsorted(steps, step, side="right"))
+        largest = max(1, min(max_rows, (max_tokens or max_rows * max(1, step)) // max(1, step)))
+        counts = [rows for rows in shapes.rows if rows <= largest] or [largest]
+        while end - start >= counts[-1] // _LEFT_OVER or (end == len(steps) and start < end):
+            rows = next((rows for rows in reversed(counts) if rows <= end - start), end - start)
+            yield start, start + rows
+            start += rows
 
 
 def token_counts(table: pa.Table, spec: FeatureSpec) -> npt.NDArray[np.int64]:
@@ -61,6 +93,16 @@ def collate(table: pa.Table, spec: FeatureSpec) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
+def without_images(table: pa.Table) -> pa.Table:
+    """A features table less its image bytes, the large part of it; how many images a row has stays."""
+    return table.drop_columns([name for name in table.column_names if name.endswith((":pixels", ":form", ":sizes"))])
+
+
+def image_places(arrays: BatchArrays, model: ImageModel) -> int:
+    """Images a row of a batch, padding included."""
+    return max(1, int(arrays[f"{model.prefix}:image_num"].max(initial=1)))
+
+
 def _token_arrays(table: pa.Table, model: TextModel) -> dict[str, npt.NDArray[Any]]:
     token_ids = table[feature_name(model.prefix, "token_ids")].combine_chunks()
     segment_ids = table[feature_name(model.prefix, "segment_ids")].combine_chunks()
@@ -83,14 +125,13 @@ def pad_lists(lists: pa.ListArray, pad_value: int) -> npt.NDArray[np.int32]:
 def _image_arrays(table: pa.Table, model: ImageModel) -> dict[str, npt.NDArray[Any]]:
     valid_num = table[feature_name(model.prefix, "valid_num")].to_numpy().astype(np.int64)
     image_num = valid_num + table[feature_name(model.prefix, "zero_num")].to_numpy().astype(np.int64)
+    numbers = {f"{model.prefix}:valid_num": valid_num, f"{model.prefix}:image_num": image_num}
+    if feature_name(model.prefix, "pixels") not in table.column_names:
+        return numbers
     width = max(1, int(image_num.max(initial=1)))
     pixels = np.zeros((table.num_rows, width, model.size, model.size, 3), dtype=np.uint8)
     for row, content in enumerate(table[feature_name(model.prefix, "pixels")]):
         if valid_num[row]:
             flat = np.frombuffer(content.as_buffer(), dtype=np.uint8)
             pixels[row, : valid_num[row]] = flat.reshape(-1, model.size, model.size, 3)
-    return {
-        f"{model.prefix}:pixels": pixels,
-        f"{model.prefix}:valid_num": valid_num,
-        f"{model.prefix}:image_num": image_num,
-    }
+    return {f"{model.prefix}:pixels": pixels, **numbers}

@@ -7,7 +7,9 @@ touch a model. A row that cannot be prepared gets a stage, a reason and a messag
 Columns in (see `columns.py`): `model:<name>` in canonical types, `keep:<name>`, identity, `stage`/`reason`/`message`.
 Columns out: the same less `model:*`, plus `feat:*`: `feat:numerical` and `feat:categorical` (fixed-size lists, float32
 and int32), and a model prefix's `feat:<prefix>:token_ids`, `:segment_ids` (int32 lists), `:pixels` (uint8, valid images one
-after another, height x width x RGB), `:valid_num`, `:zero_num` (int32).
+after another, height x width x RGB), `:valid_num`, `:zero_num` (int32). Where a GPU prepares the images, `:pixels` holds
+what it starts from, and each row's `:form` (int8, see `decoding.py`) and `:sizes` (int32 list: width, height and bytes of
+each image) say what that is.
 """
 
 import logging
@@ -19,9 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scoring.columns import MODEL_PREFIX, mark_rows
+from scoring.columns import MODEL_PREFIX, SOURCE_ROW, mark_rows
+from scoring.decoding import PIXELS, DecodePlan, Prepared, prepare
 from scoring.errors import Reason, Stage
-from scoring.images import BadImageError, ImageFetcher, Reference, prepare_image, split_references
+from scoring.images import BadImageError, ImageFetcher, Reference, split_references
 from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn, TextModel
 from scoring.storage import redact
 
@@ -36,6 +39,8 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Fetched = tuple[Reference, bytes | BadImageError | None]
 """What a cell named and what was found there: encoded bytes, why not, or None for a missing image."""
+ModelImages = tuple[list[Prepared], int]
+"""A row's valid images for one model, and how many are blank."""
 
 _SHOWN_CHARS = 300
 
@@ -43,9 +48,17 @@ _SHOWN_CHARS = 300
 class FeatureBuilder:
     """Applies one spec to tables of raw columns; built once a worker (it parses the tokenizers)."""
 
-    def __init__(self, spec: FeatureSpec, fetcher: ImageFetcher, *, blank_bad_images: bool = False) -> None:
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        fetcher: ImageFetcher,
+        plan: DecodePlan | None = None,
+        *,
+        blank_bad_images: bool = False,
+    ) -> None:
         self._spec = spec
         self._fetcher = fetcher
+        self._plan = plan or DecodePlan()
         self._blank_bad_images = blank_bad_images
         self._tokenizers = [TokenSequences(model) for model in spec.text_models]
         self._blanked: list[str] = []
@@ -103,7 +116,8 @@ class FeatureBuilder:
             for names, contents in zip(wanted, self._fetcher.fetch_all(wanted), strict=True)
         ]
         images = dict(zip(np.flatnonzero(usable).tolist(), fetched, strict=True))
-        rows = [self._row_images(images.get(row)) for row in range(table.num_rows)]
+        on_cpu = share_of_rows(table[SOURCE_ROW].to_numpy(), self._plan.cpu_share)
+        rows = [self._row_images(images.get(row), bool(on_cpu[row])) for row in range(table.num_rows)]
         bad = {row: images for row, images in enumerate(rows) if isinstance(images, BadImageError)}
         if self._blanked:
             logger.warning(
@@ -112,34 +126,48 @@ class FeatureBuilder:
             self._blanked.clear()
         arrays: dict[str, pa.Array] = {}
         for position, model in enumerate(self._spec.image_models):
-            empty: tuple[list[bytes], int] = ([], 0)
+            empty: ModelImages = ([], 0)
             per_row = [empty if isinstance(images, BadImageError) else images[position] for images in rows]
             arrays |= _pixel_columns(model, per_row)
+            if self._plan.uses_gpu:
+                arrays |= _form_columns(model, per_row)
         return arrays, bad
 
-    def _row_images(self, columns: list[list[Fetched]] | None) -> list[tuple[list[bytes], int]] | BadImageError:
-        """One row's (pixels of its valid images, number of blank ones) a model, or the first thing wrong with it."""
+    def _row_images(self, columns: list[list[Fetched]] | None, on_cpu: bool) -> list[ModelImages] | BadImageError:
+        """One row's images a model, or the first thing wrong with it."""
         if columns is None:
             return [([], 0) for _ in self._spec.image_models]
         try:
-            return [self._model_images(model, columns) for model in self._spec.image_models]
+            return [self._model_images(model, columns, self._plan, on_cpu) for model in self._spec.image_models]
         except BadImageError as error:
             return error
 
-    def _model_images(self, model: ImageModel, columns: list[list[Fetched]]) -> tuple[list[bytes], int]:
-        valid: list[bytes] = []
+    def _model_images(
+        self, model: ImageModel, columns: list[list[Fetched]], plan: DecodePlan, on_cpu: bool
+    ) -> ModelImages:
+        valid: list[Prepared] = []
         num_blank = 0
         for images in columns:
             for reference, content in images[: model.max_images]:
-                pixels = self._pixels(model, reference, content)
-                if pixels is None:
+                image = self._prepared(model, reference, content, plan, on_cpu)
+                if image is None:
                     num_blank += 1
                 else:
-                    valid.append(pixels)
+                    valid.append(image)
+        # A row has one form: where its images differ, all of them are prepared here.
+        if len({image.form for image in valid}) > 1:
+            return self._model_images(model, columns, DecodePlan(), on_cpu)
         return valid, num_blank
 
-    def _pixels(self, model: ImageModel, reference: Reference, content: bytes | BadImageError | None) -> bytes | None:
-        """One image's bytes after the transforms; None is a blank image (a null under the predictor's `zero` rule)."""
+    def _prepared(
+        self,
+        model: ImageModel,
+        reference: Reference,
+        content: bytes | BadImageError | None,
+        plan: DecodePlan,
+        on_cpu: bool,
+    ) -> Prepared | None:
+        """One image on its way to the model; None is a blank image (a null under the predictor's `zero` rule)."""
         if content is None:
             if self._spec.skip_missing:
                 raise BadImageError(
@@ -149,7 +177,7 @@ class FeatureBuilder:
         try:
             if isinstance(content, BadImageError):
                 raise content
-            return prepare_image(content, model, max_pixels=self._fetcher.max_pixels)
+            return prepare(content, model, plan, on_cpu=on_cpu, max_pixels=self._fetcher.max_pixels)
         except BadImageError as error:
             if self._blank_bad_images:
                 self._blanked.append(
@@ -294,9 +322,26 @@ def _ragged(rows: list[list[int]]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
-def _pixel_columns(model: ImageModel, rows: list[tuple[list[bytes], int]]) -> dict[str, pa.Array]:
+def _pixel_columns(model: ImageModel, rows: list[ModelImages]) -> dict[str, pa.Array]:
+    contents = [b"".join(image.content for image in valid) for valid, _ in rows]
     return {
-        feature_name(model.prefix, "pixels"): pa.array([b"".join(valid) for valid, _ in rows], type=pa.large_binary()),
+        feature_name(model.prefix, "pixels"): pa.array(contents, type=pa.large_binary()),
         feature_name(model.prefix, "valid_num"): pa.array([len(valid) for valid, _ in rows], type=pa.int32()),
         feature_name(model.prefix, "zero_num"): pa.array([blank for _, blank in rows], type=pa.int32()),
     }
+
+
+def _form_columns(model: ImageModel, rows: list[ModelImages]) -> dict[str, pa.Array]:
+    forms = [valid[0].form if valid else PIXELS for valid, _ in rows]
+    sizes = [[size for image in valid for size in (image.width, image.height, len(image.content))] for valid, _ in rows]
+    return {
+        feature_name(model.prefix, "form"): pa.array(forms, type=pa.int8()),
+        feature_name(model.prefix, "sizes"): _ragged(sizes),
+    }
+
+
+def share_of_rows(source_rows: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
+    """Which rows belong to a share of all (0 to 1): the same ones in every run, spread evenly over a file."""
+    spread = (source_rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    chosen: npt.NDArray[np.bool_] = spread < np.uint64(share * 2**32)
+    return chosen

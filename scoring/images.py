@@ -170,7 +170,11 @@ def prepare_image(content: bytes, model: ImageModel, *, max_pixels: int) -> byte
 
     Bit-equal to upstream's val_transforms up to ToTensor: the scoring actor divides by 255 and normalises.
     """
-    image = decode_image(content, max_pixels=max_pixels)
+    return transform_image(decode_image(content, max_pixels=max_pixels), model, max_pixels=max_pixels)
+
+
+def transform_image(image: "Image", model: ImageModel, *, max_pixels: int) -> bytes:
+    """A decoded RGB image through the model's transforms, as bytes. Raises BadImageError."""
     for name in model.transforms:
         image = _apply_transform(image, name, model.size, max_pixels)
     return image.tobytes()

@@ -3,8 +3,8 @@
 Owns the order of things and the sizes of the pools. Every step is another module's; Ray is started by `jobs/`.
 """
 
+import importlib.util
 import logging
-import math
 import os
 import secrets
 import time
@@ -20,6 +20,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint, resolved_yaml
+from scoring.decoding import DecodePlan
 from scoring.engines.build import EngineRequest, build_rtx_ahead
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, OutputError, ParityError
@@ -48,30 +49,16 @@ from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import InputPlan, inspect_files, list_inputs, plan_inputs
 from scoring.sink import PartSchemas, PartSink, reserved_names, write_part
+from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, size_flow, size_pools
 from scoring.source import ShardSource
 from scoring.spec import FeatureSpec
+from scoring.staging import GPU_ROWS
 from scoring.storage import is_local, join, redact, remove_tree, write_bytes
 
 logger = logging.getLogger(__name__)
 
+_PROBE_GPUS = 0.01  # any part of a GPU puts a task on its node
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-# Reads and writes are short and mostly wait for storage; a whole CPU each would starve the pools on small machines.
-_IO_CPUS = 0.25
-_MIB = 2**20
-# Blocks between the stages: 16 MiB are about 100 rows of pixels, so that scoring starts before a large read ends.
-_BLOCK_BYTES = 16 * _MIB
-
-
-@dataclass(frozen=True)
-class Pools:
-    """How many actors of each kind, and what each asks of Ray. `num_threads` is torch's, for scoring on the CPU."""
-
-    scoring_actors: int
-    gpus_per_actor: float
-    scoring_cpus: float
-    feature_workers: int
-    feature_cpus: float
-    num_threads: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +73,8 @@ class Plan:
     fingerprint: Fingerprint
     run: RunFolder
     pools: Pools
+    decode: DecodePlan
+    flow: Flow
 
 
 @dataclass
@@ -138,7 +127,26 @@ def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]
     run = RunFolder(config.output.path, config.run.id or mark.run_id)
     with timings.phase("ray_init_s"):
         start_ray()
-    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, size_pools(config, ray.cluster_resources()))
+    pools = size_pools(config, ray.cluster_resources())
+    decode = _plan_decode(config, spec, pools)
+    flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
+    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow)
+
+
+def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> DecodePlan:
+    """See `plan_decode`. Raises EngineError."""
+    may_decode = pools.gpus_per_actor > 0 and bool(spec.image) and config.images.decode in ("auto", "gpu")
+    has_decoder = bool(ray.get(_has_decoder.options(num_gpus=_PROBE_GPUS).remote())) if may_decode else False
+    try:
+        return plan_decode(config, spec, pools, has_decoder=has_decoder)
+    except ValueError as error:
+        raise EngineError(str(error)) from error
+
+
+@ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+def _has_decoder() -> bool:
+    """Whether this node has nvImageCodec; found without importing anything."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.nvimgcodec") is not None
 
 
 def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
@@ -151,7 +159,7 @@ def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
 
 
 # max_calls=1: the process ends with the task, and 1 GB with it.
-@ray.remote(num_cpus=_IO_CPUS, max_calls=1, max_retries=1)  # type: ignore[untyped-decorator]
+@ray.remote(num_cpus=IO_CPUS, max_calls=1, max_retries=1)  # type: ignore[untyped-decorator]
 def _extract_in_task(config: ScoreConfig, predictor_hash: str, rtx_capabilities: tuple[str, ...]) -> str:
     _set_up_worker()
     predictor = load_predictor(fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash))
@@ -177,47 +185,13 @@ def _rtx_capabilities() -> tuple[str, ...]:
 
 def _build_rtx_ahead(request: EngineRequest, config: ScoreConfig, capabilities: Sequence[str]) -> None:
     """Build here what the actors would each wait for; they find it where the cache is shared."""
-    request = replace(request, batch_rows=config.batch.rows)
+    request = replace(request, batch_rows=config.batch.rows or GPU_ROWS)
     for capability in capabilities:
         try:
             build_rtx_ahead(request, "fp32" if config.engine.precision == "fp32" else "fp16", capability)
         except Exception as error:
             # The actors meet it again, and the decision says so.
             logger.warning("engine: TensorRT for RTX was not built ahead for %s: %s", capability, error)
-
-
-def size_pools(config: ScoreConfig, resources: Mapping[str, float]) -> Pools:
-    """Actors and their shares from the cluster's resources; explicit numbers in the configuration win.
-
-    Without a GPU the forward is the bound (about 50 rows/s a core against 200 for features), so a quarter of the cores
-    prepares features and the rest scores, one actor a 8 cores. What the actors hold always leaves room for a read and a
-    write task, or nothing would move.
-    """
-    cpus = int(config.resources.cpus or resources.get("CPU", 1))
-    per_actor = config.resources.gpus
-    may_use = config.engine.provider != "cpu" and (per_actor is None or per_actor > 0)
-    gpus = resources.get("GPU", 0.0) if may_use else 0.0
-    if gpus:
-        actors = config.resources.actors or max(1, int(gpus / (per_actor or 1.0)))
-        workers, threads = max(1, cpus - 1), 1
-        share = min(per_actor or 1.0, gpus / actors)
-    else:
-        actors = config.resources.actors or max(1, cpus // 8)
-        workers = max(1, cpus // 4)
-        # More threads than cores is far worse than too few: OpenMP's threads spin while they wait for each other.
-        threads = max(1, (cpus - workers) // actors)
-        share = 0.0
-    wanted = workers + (0 if share else actors * threads)
-    scale = min(1.0, (cpus - 2 * _IO_CPUS) / wanted)
-    # Ray takes fractions of 1/10,000; rounding up could let the sum pass what is there.
-    return Pools(
-        scoring_actors=actors,
-        gpus_per_actor=share,
-        scoring_cpus=0.0 if share else math.floor(1000 * scale * threads) / 1000,
-        feature_workers=workers,
-        feature_cpus=math.floor(1000 * scale) / 1000,
-        num_threads=threads,
-    )
 
 
 def check_output(config: ScoreConfig) -> None:
@@ -260,12 +234,16 @@ def _sees(path: str) -> bool:
 class FeatureWorker:
     """A CPU actor: raw columns to features (see `features.py`)."""
 
-    def __init__(self, spec_json: str, config: ScoreConfig) -> None:
+    def __init__(self, spec_json: str, config: ScoreConfig, decode: DecodePlan) -> None:
         _set_up_worker()
         pa.set_cpu_count(1)
+        if decode.mode == "fast":
+            import torch
+
+            torch.set_num_threads(1)
         fetcher = ImageFetcher(config.images)
         blank = config.images.on_error == "blank"
-        self._builder = FeatureBuilder(FeatureSpec.from_json(spec_json), fetcher, blank_bad_images=blank)
+        self._builder = FeatureBuilder(FeatureSpec.from_json(spec_json), fetcher, decode, blank_bad_images=blank)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._builder(table)
@@ -282,7 +260,7 @@ class ScoringActor:
         spec = FeatureSpec.from_json(spec_json)
         # Ray resolves a reference that is an argument, not one inside of them.
         sample = ray.get(told["sample"])
-        setup = ActorSetup(actor, told["num_threads"], sample, told["decisions"], told["rows_left"])
+        setup = ActorSetup(actor, told["num_threads"], sample, told["decode"], told["decisions"], told["rows_left"])
         self._scorer = Scorer(folder, spec, config, setup)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -318,10 +296,8 @@ def run(plan: Plan, timings: Timings) -> Outcome:
         return Outcome(plan.run.run_id, manifest["totals"], manifest["timings"], was_published=True)
     attempt = _finished_attempt(plan)
     if attempt is None:
-        plan.run.discard_attempts()
-        attempt = AttemptFolder(plan.run.uri, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
         with timings.phase("score_s"):
-            stages = _score(plan, attempt)
+            attempt, stages = _score_all(plan)
         timings.seconds |= stages
     with timings.phase("publish_s"):
         accounts = _accounts(plan, attempt)
@@ -330,6 +306,23 @@ def run(plan: Plan, timings: Timings) -> Outcome:
         accounts = _with_scores_part(plan, attempt, accounts)
     plan.run.publish(_manifest(plan, accounts, timings, attempt.decisions()), resolved_yaml(plan.config))
     return Outcome(plan.run.run_id, accounts.totals, timings.seconds, was_published=False)
+
+
+def _score_all(plan: Plan) -> tuple[AttemptFolder, dict[str, float]]:
+    """Score every row in a new attempt; where `images.decode=auto` took a way that parity refuses, in an exact one."""
+    plan.run.discard_attempts()
+    attempt = AttemptFolder(plan.run.uri, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
+    try:
+        return attempt, _score(plan, attempt)
+    except EngineError as error:
+        if plan.config.images.decode != "auto" or plan.decode.mode == "exact":
+            raise
+        logger.warning(
+            "images.decode=auto: no engine passed with %s images, trying exact ones: %s", plan.decode.mode, error
+        )
+    exact = replace(plan.decode, mode="exact", cpu_share=0.0)
+    flow = size_flow(plan.config, plan.spec, plan.pools, exact, plan.inputs.estimated_rows)
+    return _score_all(replace(plan, decode=exact, flow=flow))
 
 
 def _finished_attempt(plan: Plan) -> AttemptFolder | None:
@@ -350,64 +343,75 @@ def _accounts(plan: Plan, attempt: AttemptFolder) -> Accounts:
 
 def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     """Run the Ray Data pipeline to its end; returns each stage's busy seconds, summed over its tasks."""
-    logger.info("run %s: attempt %s, %s", plan.run.run_id, attempt.attempt, plan.pools)
+    logger.info("run %s: attempt %s, %s, %s, %s", plan.run.run_id, attempt.attempt, plan.pools, plan.flow, plan.decode)
     if plan.inputs.has_exact_rows and not plan.inputs.estimated_rows:
         return {}
     attempt.open_decisions()
-    config, pools = plan.config, plan.pools
-    context = DataContext.get_current()
-    context.target_max_block_size = _BLOCK_BYTES
-    context.wait_for_min_actors_s = -1
-    source = ShardSource(plan.inputs, config.input.csv, attempt, block_rows=config.batch.rows)
-    spec_json = plan.spec.to_json()
-    dataset = ray.data.read_datasource(
-        source, override_num_blocks=source.num_tasks, ray_remote_args={"num_cpus": _IO_CPUS}
-    )
-    dataset = dataset.map_batches(
-        FeatureWorker,
-        fn_constructor_kwargs={"spec_json": spec_json, "config": config},
-        batch_size=config.batch.rows,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=pools.feature_workers),
-        num_cpus=pools.feature_cpus,
-        udf_modifying_row_count=False,
-    )
-    dataset = dataset.map_batches(
-        ScoringActor,
-        fn_constructor_kwargs={
-            "spec_json": spec_json,
-            "config": config,
-            "predictor_hash": plan.predictor_hash,
-            "told": {
-                "num_threads": pools.num_threads,
-                "sample": _sample_in_task.remote(plan.inputs, config, spec_json),
-                "decisions": attempt.decisions_uri,
-                "rows_left": plan.inputs.estimated_rows // pools.scoring_actors,
-            },
-        },
-        batch_size=config.batch.rows,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=pools.scoring_actors),
-        num_cpus=pools.scoring_cpus,
-        num_gpus=pools.gpus_per_actor or None,
-        udf_modifying_row_count=False,
-    )
+    dataset = score_features(read_features(plan, attempt), plan, attempt)
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec))
     try:
-        dataset.write_datasink(sink, ray_remote_args={"num_cpus": _IO_CPUS})
+        dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})
     except Exception as error:
         _raise_refusal(attempt, error)
         raise
     return _stage_seconds(dataset)
 
 
+def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
+    """The plan's rows as tables of features: everything before the scoring actors."""
+    context = DataContext.get_current()
+    context.target_max_block_size = plan.flow.block_bytes
+    context.wait_for_min_actors_s = -1
+    source = ShardSource(plan.inputs, plan.config.input.csv, attempt, block_rows=plan.flow.block_rows)
+    dataset = ray.data.read_datasource(
+        source, override_num_blocks=source.num_tasks, ray_remote_args={"num_cpus": IO_CPUS}
+    )
+    return dataset.map_batches(
+        FeatureWorker,
+        fn_constructor_kwargs={"spec_json": plan.spec.to_json(), "config": plan.config, "decode": plan.decode},
+        batch_size=plan.flow.block_rows,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=plan.pools.feature_workers),
+        num_cpus=plan.pools.feature_cpus,
+        udf_modifying_row_count=False,
+    )
+
+
+def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
+    """Tables of features -> the same rows with scores."""
+    pools, flow, spec_json = plan.pools, plan.flow, plan.spec.to_json()
+    return dataset.map_batches(
+        ScoringActor,
+        fn_constructor_kwargs={
+            "spec_json": spec_json,
+            "config": plan.config,
+            "predictor_hash": plan.predictor_hash,
+            "told": {
+                "num_threads": pools.num_threads,
+                "sample": _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode),
+                "decode": plan.decode,
+                "decisions": attempt.decisions_uri,
+                "rows_left": plan.inputs.estimated_rows // pools.scoring_actors,
+            },
+        },
+        batch_size=flow.window_rows,
+        batch_format="pyarrow",
+        # Two calls at once are safe: the scorer has a lock a stage (see `scorer.py`).
+        compute=ActorPoolStrategy(size=pools.scoring_actors, enable_true_multi_threading=flow.calls > 1),
+        num_cpus=pools.scoring_cpus,
+        num_gpus=pools.gpus_per_actor or None,
+        max_concurrency=flow.calls,
+        udf_modifying_row_count=False,
+    )
+
+
 # max_calls=1: it has decoded images and is not needed again.
-@ray.remote(num_cpus=_IO_CPUS, max_calls=1)  # type: ignore[untyped-decorator]
-def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str) -> Sample | None:
+@ray.remote(num_cpus=IO_CPUS, max_calls=1)  # type: ignore[untyped-decorator]
+def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str, decode: DecodePlan) -> Sample | None:
     _set_up_worker()
     pa.set_cpu_count(1)
     try:
-        return draw_sample(inputs, config, FeatureSpec.from_json(spec_json))
+        return draw_sample(inputs, config, FeatureSpec.from_json(spec_json), decode)
     except Exception as error:
         # Whatever is wrong with the input is for its read task to tell; the gate can do with random rows.
         logger.warning(
@@ -468,5 +472,6 @@ def _manifest(
             "precision": plan.config.engine.precision,
             "decisions": decisions,
         },
+        "images": {"decode": plan.config.images.decode, "used": plan.decode.mode, "cpu_share": plan.decode.cpu_share},
         "timings": timings.seconds,
     }

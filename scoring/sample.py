@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from scoring.columns import MODEL_PREFIX
 from scoring.config import ScoreConfig
+from scoring.decoding import DecodePlan
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher, split_references
 from scoring.reading import read_shard
@@ -34,7 +35,9 @@ class Sample:
     raw: pa.Table
 
 
-def draw_sample(inputs: InputPlan, config: ScoreConfig, spec: FeatureSpec) -> Sample | None:
+def draw_sample(
+    inputs: InputPlan, config: ScoreConfig, spec: FeatureSpec, decode: DecodePlan | None = None
+) -> Sample | None:
     """About `parity.rows` rows of the input that have no fault; None if there are none."""
     wanted = min(config.parity.rows, max(_MIN_ROWS, inputs.estimated_rows // _SHARE))
     shards = [shard for shard in inputs.shards if shard.estimated_rows]
@@ -49,7 +52,7 @@ def draw_sample(inputs: InputPlan, config: ScoreConfig, spec: FeatureSpec) -> Sa
         return None
     table = pa.concat_tables(blocks)
     fetcher = ImageFetcher(config.images)
-    features = FeatureBuilder(spec, fetcher, blank_bad_images=config.images.on_error == "blank")(table)
+    features = FeatureBuilder(spec, fetcher, decode, blank_bad_images=config.images.on_error == "blank")(table)
     is_good = pc.is_null(features["reason"])
     good = features.filter(is_good)
     return Sample(good, _raw_cells(table.filter(is_good), spec, fetcher)) if good.num_rows else None

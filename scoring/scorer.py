@@ -5,23 +5,24 @@ Owns one actor's work: its engine, its micro-batches and its meter. No Ray insid
 
 import json
 import logging
+import sys
+import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from scoring.collate import micro_batches
 from scoring.columns import mark_rows
 from scoring.config import ScoreConfig
 from scoring.decision import EngineDecision, Rung
+from scoring.decoding import DecodePlan
 from scoring.engine import choose_engine, shared_engine
-from scoring.engines.base import Engine
+from scoring.engines.base import Engine, EngineUnavailable
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, Reason, Stage
@@ -34,56 +35,68 @@ from scoring.predictor import load_predictor
 from scoring.reference import upstream_scores
 from scoring.sample import Sample
 from scoring.spec import FeatureSpec
+from scoring.staging import Staged, Staging
 from scoring.storage import join, write_bytes
 from scoring.takeover import Takeover
 
 logger = logging.getLogger(__name__)
 
 ENGINE_COLUMN = "engine"
-# Rows a forward on the CPU: 64 images of 224 x 224 are 39 MB in fp32, and more rows gain nothing there.
-_CPU_ROWS = 64
+_SWITCH_S = 1e-4
 
 
 @dataclass(frozen=True)
 class ActorSetup:
     """What an actor is told beside the predictor: its name, its cores, rows for the gate and where decisions are shared.
 
-    `sample` are rows of this run (None: random ones). `decisions` is the folder of the run's decisions, one a
-    kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score, about.
+    `sample` are rows of this run (None: random ones), `decode` says how images come. `decisions` is the folder of the run's
+    decisions, one a kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score,
+    about.
     """
 
     actor: str
     num_threads: int = 1
     sample: Sample | None = None
+    decode: DecodePlan = field(default_factory=DecodePlan)
     decisions: str | None = None
     rows_left: int | None = None
 
 
 class Scorer:
-    """Loads the predictor in `folder` and scores tables with it, in micro-batches sorted by token count."""
+    """Loads the predictor in `folder` and scores tables with it, in micro-batches sorted by token count.
+
+    `score` may be called from two threads: while one table is in the forward, the next one's images are prepared.
+    """
 
     def __init__(self, folder: Path, spec: FeatureSpec, config: ScoreConfig, setup: ActorSetup) -> None:
         start = time.perf_counter()
         self._spec = spec
         self._setup = setup
+        # A decoder that asks for the lock at every image waited 5 ms for each while another thread was busy: 2,048 images
+        # took 19 s.
+        sys.setswitchinterval(_SWITCH_S)
         predictor = load_predictor(folder)
         on_gpu = has_gpu() and config.engine.provider != "cpu"
-        self._micro_rows = config.batch.rows if on_gpu else min(config.batch.rows, _CPU_ROWS)
+        try:
+            self._staging = Staging(spec, config, setup.decode, on_gpu=on_gpu)
+        except EngineUnavailable as error:
+            message = f"images.decode: {setup.decode.mode} cannot be had here: {error}. Set images.decode=exact"
+            raise _refused(EngineError(message), setup) from error
         request = EngineRequest(
             predictor=predictor,
             spec=spec,
             cache=EngineCache(config.engine.cache),
             provider=config.engine.provider,
             precision=config.engine.precision,
-            batch_rows=self._micro_rows,
+            batch_rows=self._staging.max_rows,
             num_threads=setup.num_threads,
             rows_left=setup.rows_left,
             max_abs_diff=config.parity.max_abs_diff,
         )
-        self._shapes = request.shapes if on_gpu else None
         load_s = time.perf_counter() - start
         self._engine, self.decision = _decide(self._with_sample(request, setup.sample), setup)
         self._outputs = Outputs(predictor, spec)
+        self._forward = threading.Lock()
         self.meter = Meter(setup.actor, self._engine.provider)
         total_s = time.perf_counter() - start
         logger.info(
@@ -98,12 +111,16 @@ class Scorer:
     def _with_sample(self, request: EngineRequest, sample: Sample | None) -> EngineRequest:
         if sample is None:
             return request
-        batches = list(micro_batches(sample.features, self._spec, self._micro_rows, self._shapes))
-        order = np.concatenate([places for places, _ in batches])
-        raw, predictor, spec = sample.raw, request.predictor, self._spec
+        staged = self._staging.stage(sample.features)
+        raw = sample.raw
+        if staged.bad:  # upstream reads the same rows or none
+            rows = pa.array(np.setdiff1d(np.arange(raw.num_rows), list(staged.bad)))
+            staged, raw = self._staging.stage(sample.features.take(rows)), raw.take(rows)
+        order = np.concatenate([batch.places for batch in staged.batches])
+        predictor, spec = request.predictor, self._spec
         return replace(
             request,
-            sample=[arrays for _, arrays in batches],
+            sample=[batch.complete() for batch in staged.batches],
             reference=lambda: upstream_scores(predictor, spec, raw)[order],
         )
 
@@ -112,37 +129,47 @@ class Scorer:
 
         Rows that carry a reason get null scores; a row whose logits are not finite is marked score_nonfinite.
         """
-        self.meter.start_batch()
-        if isinstance(self._engine, Takeover):
-            self._note(self._engine.settle())
-        usable = np.flatnonzero(pc.is_null(table["reason"]).to_numpy(zero_copy_only=False))
-        logits = self._logits(table.take(pa.array(usable)))
-        finite = np.isfinite(logits).all(axis=1)
-        scored_rows = usable[finite]
-        scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
-        message = f"the model's output is not finite on {engine_name(self._engine)}"
-        bad = {int(row): (Reason.SCORE_NONFINITE, message) for row in usable[~finite]}
-        scored = mark_rows(scored, Stage.SCORE, bad)
-        for field, values in zip(score_fields(self._spec), self._outputs.columns(logits[finite]), strict=True):
-            scored = scored.append_column(field, _scatter(values, scored_rows, table.num_rows, field.type))
-        scored = scored.append_column(ENGINE_COLUMN, pa.repeat(engine_name(self._engine), table.num_rows))
-        line = self.meter.end_batch(table.num_rows)
+        staged = self._staging.stage(table)
+        with self._forward:
+            self.meter.start_batch()
+            if isinstance(self._engine, Takeover):
+                self._note(self._engine.settle())
+            engine = engine_name(self._engine)
+            rows, logits = self._logits(staged)
+            line = self.meter.end_batch(table.num_rows)
         if line is not None:
             logger.info(line)
-        return scored
+        finite = np.isfinite(logits).all(axis=1)
+        scored_rows = rows[finite]
+        scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
+        scored = mark_rows(
+            scored, Stage.FEATURES, {row: (error.reason, str(error)) for row, error in staged.bad.items()}
+        )
+        message = f"the model's output is not finite on {engine}"
+        scored = mark_rows(scored, Stage.SCORE, {int(row): (Reason.SCORE_NONFINITE, message) for row in rows[~finite]})
+        for column, values in zip(score_fields(self._spec), self._outputs.columns(logits[finite]), strict=True):
+            scored = scored.append_column(column, _scatter(values, scored_rows, table.num_rows, column.type))
+        return scored.append_column(ENGINE_COLUMN, pa.repeat(engine, table.num_rows))
+
+    def _logits(self, staged: Staged) -> tuple[npt.NDArray[np.intp], Logits]:
+        """The staged rows and their logits, in the batches' order; a GPU is waited for once."""
+        width = max(1, len(self._spec.class_labels))
+        found: list[Any] = [self._engine.submit(batch.complete()) for batch in staged.batches]
+        if not found:
+            return np.empty(0, dtype=np.intp), np.empty((0, width), dtype=np.float32)
+        rows = np.concatenate([batch.places for batch in staged.batches])
+        parts = [part.reshape(-1, width) for part in found]
+        if isinstance(parts[0], np.ndarray):
+            return rows, np.concatenate(parts)
+        import torch
+
+        return rows, torch.cat(parts).cpu().numpy()
 
     def _note(self, rung: Rung | None) -> None:
         """Keep how a compiled engine fared beside the decision, for the manifest."""
         if rung is not None and self._setup.decisions is not None:
             uri = join(self._setup.decisions, f"takeover-{self._setup.actor}.json")
             _tell(uri, {"actor": self._setup.actor, **asdict(rung)})
-
-    def _logits(self, table: pa.Table) -> Logits:
-        width = max(1, len(self._spec.class_labels))
-        logits = np.empty((table.num_rows, width), dtype=np.float32)
-        for places, arrays in micro_batches(table, self._spec, self._micro_rows, self._shapes):
-            logits[places] = self._engine.forward(arrays).reshape(len(places), width)
-        return logits
 
     def close(self) -> None:
         """Log the last throughput line and free the engine."""
@@ -160,10 +187,16 @@ def _decide(request: EngineRequest, setup: ActorSetup) -> tuple[Engine, EngineDe
     try:
         return shared_engine(request, join(setup.decisions, f"{name}.json"))
     except EngineError as error:
-        # Ray hands the driver an actor's death, not its error: the driver reads this one and ends as it says.
+        _refused(error, setup)
+        raise
+
+
+def _refused(error: EngineError, setup: ActorSetup) -> EngineError:
+    """Ray hands the driver an actor's death, not its error: the driver reads this one and ends as it says."""
+    if setup.decisions is not None:
         document = {"error": type(error).__name__, "message": str(error)}
         _tell(join(setup.decisions, f"refused-{setup.actor}.json"), document)
-        raise
+    return error
 
 
 def _tell(uri: str, document: Mapping[str, Any]) -> None:

@@ -6,12 +6,16 @@ Owns the thread that compiles and the change from one engine to the other.
 import logging
 import threading
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from scoring.decision import COMPILED, Rung, describe_error
 from scoring.engines.base import Engine
 from scoring.engines.build import EngineRequest, build_compiled
 from scoring.flat import BatchArrays, Logits, Precision
 from scoring.gate import Gate
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +92,10 @@ class Takeover:
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
         return self._engine.forward(arrays)
+
+    def submit(self, arrays: BatchArrays) -> "Logits | torch.Tensor":
+        """See `Engine.submit`."""
+        return self._engine.submit(arrays)
 
     def close(self) -> None:
         """See `Engine.close`; a build under way is left to end with the process."""

@@ -107,7 +107,7 @@ def test_the_tree_is_frozen_and_takes_no_other_field(tmp_path: Path) -> None:
 def test_defaults(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert (config.input.format, config.input.keep, config.input.csv.delimiter) == ("auto", None, ",")
-    assert (config.batch.rows, config.batch.tokens) == (256, None)
+    assert (config.batch.rows, config.batch.tokens) == (None, None)
     assert (config.parity.rows, config.parity.max_abs_diff) == (512, 0.005)
     assert config.quarantine.max_fraction == 0.01
     assert config.images.schemes == ("file", "s3", "gs", "gcs", "az", "abfs", "abfss")
@@ -277,11 +277,11 @@ def test_file_that_says_something_else_is_refused(tmp_path: Path, text: str, mes
 @pytest.mark.parametrize(
     ("override", "must"),
     [
-        ("batch.rows=many", "must be an integer between 1 and 65536; the default is 256"),
-        ("batch.rows=0", "must be an integer between 1 and 65536; the default is 256"),
-        ("batch.rows=65537", "must be an integer between 1 and 65536; the default is 256"),
-        ("batch.rows=true", "must be an integer between 1 and 65536; the default is 256"),
-        ("batch.rows=", "must be an integer between 1 and 65536; the default is 256"),
+        ("batch.rows=many", "must be an integer between 1 and 65536 or null; the default is null"),
+        ("batch.rows=0", "must be an integer between 1 and 65536 or null; the default is null"),
+        ("batch.rows=65537", "must be an integer between 1 and 65536 or null; the default is null"),
+        ("batch.rows=true", "must be an integer between 1 and 65536 or null; the default is null"),
+        ("batch.rows=", "must be an integer between 1 and 65536 or null; the default is null"),
         ("quarantine.max_fraction=1.01", "must be a number between 0 and 1; the default is 0.01"),
         ("quarantine.max_fraction=nan", "must be a number between 0 and 1; the default is 0.01"),
         ("images.timeout_s=0", "must be a number above 0 or null; the default is 60.0"),
@@ -338,13 +338,13 @@ def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     flags = {"input.paths": ["data"], "output.path": "data/out"}
-    found = problems(tmp_path, "batch.row=1", "foo", "images.decode=gpu", flags=flags, text="batch: {rows: x}")
+    found = problems(tmp_path, "batch.row=1", "foo", "input.on_bad_file=skip", flags=flags, text="batch: {rows: x}")
     assert [line.partition(":")[0] for line in found] == [
         "foo",
         "batch.rows",
         "batch.row",
         "predictor.path",
-        "images.decode",
+        "input.on_bad_file",
         "output.path",
     ]
 
@@ -359,10 +359,7 @@ def test_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("images.decode=fast", "images.decode: 'fast' is not built yet; use auto or exact"),
-        ("images.decode=gpu", "images.decode: 'gpu' is not built yet; use auto or exact"),
         ("input.on_bad_file=skip", "input.on_bad_file: 'skip' is not built yet; use fail"),
-        ("batch.tokens=4096", "batch.tokens: 4096 is not built yet; use batch.rows alone"),
         ("run.incremental=true", "run.incremental: true is not built yet; use false"),
     ],
 )
@@ -373,9 +370,7 @@ def test_setting_that_is_not_built_is_refused(tmp_path: Path, override: str, mes
 @pytest.mark.parametrize(
     "override",
     [
-        "images.decode=exact",
         "input.on_bad_file=fail",
-        "batch.tokens=null",
         "run.incremental=false",
     ],
 )
@@ -579,7 +574,7 @@ def test_setting_that_does_not_decide_scores_keeps_the_fingerprint(tmp_path: Pat
 
 def test_places_keep_the_fingerprint_when_their_content_is_the_same(tmp_path: Path) -> None:
     flags = {"input.paths": ["data/*.parquet"], "predictor.path": "copy", "output.path": "other"}
-    moved = fingerprint(load(tmp_path, flags=flags), predictor_hash="abc", listing=FILES[::-1], scores_version=1)
+    moved = fingerprint(load(tmp_path, flags=flags), predictor_hash="abc", listing=FILES[::-1], scores_version=SCORES_VERSION)
     assert moved == printed(tmp_path)
 
 
@@ -609,7 +604,9 @@ def test_changed_input_list_is_named_file_by_file(
 def test_predictor_and_scores_version_are_named(tmp_path: Path) -> None:
     before = printed(tmp_path)
     assert printed(tmp_path, predictor_hash="abd").differences(before.parts) == ["predictor: was abc, now abd"]
-    assert printed(tmp_path, scores_version=2).differences(before.parts) == ["scores_version: was 1, now 2"]
+    assert printed(tmp_path, scores_version=SCORES_VERSION + 1).differences(before.parts) == [
+        f"scores_version: was {SCORES_VERSION}, now {SCORES_VERSION + 1}"
+    ]
     assert printed(tmp_path).differences(before.parts) == []
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
-from scoring.engines.torch_engine import CUDA, device_name, forward_padded
+from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
 from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
 from scoring.spec import FeatureSpec
 
@@ -56,12 +56,16 @@ class OnnxCpuEngine:
         logits: Logits = self._session.run(None, feed)[0]
         return logits
 
+    def submit(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.submit`."""
+        return self.forward(arrays)
+
     def close(self) -> None:
         """See `Engine.close`."""
         del self._session
 
 
-class OnnxGpuEngine:
+class OnnxGpuEngine(GpuEngine):
     """ONNX Runtime with its CUDA or TensorRT provider; inputs and logits stay on the GPU between host copies.
 
     With images there are two row counts only, a session each: ONNX Runtime plans every convolution anew when the count
@@ -86,6 +90,7 @@ class OnnxGpuEngine:
         self.device = device_name(CUDA)
         self._graph = graph
         self._inputs = describe_inputs(spec)
+        self._names = [item.name for item in self._inputs]
         self._width = max(1, len(spec.class_labels))
         self._is_planned = bool(spec.image_models) and provider == "cuda"
         self._shapes = Shapes((shapes.rows[0], shapes.rows[-1]), shapes.tokens) if self._is_planned else shapes
@@ -104,10 +109,6 @@ class OnnxGpuEngine:
         if key not in self._sessions:
             self._sessions[key] = _session(self._graph, onnxruntime.SessionOptions(), self.provider, self._options)
         return self._sessions[key]
-
-    def forward(self, arrays: BatchArrays) -> Logits:
-        """See `Engine.forward`."""
-        return forward_padded(self.run, [item.name for item in self._inputs], self._shapes, arrays)
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""

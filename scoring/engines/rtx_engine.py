@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
-from scoring.engines.torch_engine import CUDA, device_name, forward_padded
-from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
+from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
+from scoring.flat import Precision, describe_inputs
 from scoring.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Messages:
         return "; ".join(self.errors[-3:]) or "no reason given"
 
 
-class RtxEngine:
+class RtxEngine(GpuEngine):
     """Runs an engine that `build_rtx` wrote."""
 
     provider = "tensorrt"
@@ -97,6 +97,7 @@ class RtxEngine:
         self.device = device_name(CUDA)
         self._shapes = shapes
         self._inputs = describe_inputs(spec)
+        self._names = [item.name for item in self._inputs]
         self._width = max(1, len(spec.class_labels))
         self._runtime = trt.Runtime(messages.logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -104,10 +105,6 @@ class RtxEngine:
             raise EngineUnavailable(f"TensorRT for RTX does not run on this {self.device}: {messages}")
         self._context = self._engine.create_execution_context()
         self._bound = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-
-    def forward(self, arrays: BatchArrays) -> Logits:
-        """See `Engine.forward`."""
-        return forward_padded(self.run, [item.name for item in self._inputs], self._shapes, arrays)
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the GPU -> logits there."""

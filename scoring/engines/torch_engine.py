@@ -6,6 +6,7 @@ one CUDA graph a shape: a compile a shape took 19 to 29 s, twelve of them five m
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ logger = logging.getLogger(__name__)
 CUDA = "cuda:0"
 
 
-def to_tensor(array: npt.NDArray[Any], device: str) -> "torch.Tensor":
-    """A host array on `device`; to a GPU through pinned memory, without waiting for the copy."""
+def to_tensor(array: "npt.NDArray[Any] | torch.Tensor", device: str) -> "torch.Tensor":
+    """A host array on `device`; to a GPU through pinned memory, without waiting for the copy. A tensor is there already."""
     import torch
 
+    if isinstance(array, torch.Tensor):
+        return array
     # Arrow's buffers are read-only, which torch warns about; the large arrays (pixels) are ours and not copied.
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     return tensor.pin_memory().to(device, non_blocking=True) if device != "cpu" else tensor
@@ -41,14 +44,34 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(0) if device != "cpu" else "cpu"
 
 
-def forward_padded(
+def submit_padded(
     run: "Callable[[list[torch.Tensor]], torch.Tensor]", names: Sequence[str], shapes: Shapes, arrays: BatchArrays
-) -> Logits:
-    """A host batch through `run` on the GPU, padded to one of `shapes`; logits of its own rows on the host."""
+) -> "torch.Tensor":
+    """A host batch through `run` on the GPU, padded to one of `shapes`; logits of its own rows, on the GPU."""
     rows = num_rows(arrays)
     padded = pad_arrays(arrays, *shapes.fit(rows, num_tokens(arrays)))
-    logits: Logits = run([to_tensor(padded[name], CUDA) for name in names])[:rows].cpu().numpy()
-    return logits
+    # A copy: a CUDA graph writes its next logits to the same place.
+    return run([to_tensor(padded[name], CUDA) for name in names])[:rows].clone()
+
+
+class GpuEngine(ABC):
+    """What engines that run on the GPU share: padding, the way there and the way back."""
+
+    _names: Sequence[str]
+    _shapes: Shapes
+
+    @abstractmethod
+    def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        """Flat tensors of one of the engine's shapes, on the GPU -> logits there."""
+
+    def submit(self, arrays: BatchArrays) -> "torch.Tensor":
+        """See `Engine.submit`."""
+        return submit_padded(self.run, self._names, self._shapes, arrays)
+
+    def forward(self, arrays: BatchArrays) -> Logits:
+        """See `Engine.forward`."""
+        logits: Logits = self.submit(arrays).cpu().numpy()
+        return logits
 
 
 class TorchEngine:
@@ -80,9 +103,13 @@ class TorchEngine:
         self._names = [item.name for item in describe_inputs(spec)]
         self._model = flat_model(predictor, spec, precision).to(self._device)
 
+    def submit(self, arrays: BatchArrays) -> "torch.Tensor":
+        """See `Engine.submit`."""
+        return self.run([to_tensor(arrays[name], self._device) for name in self._names])
+
     def forward(self, arrays: BatchArrays) -> Logits:
         """See `Engine.forward`."""
-        logits: Logits = self.run([to_tensor(arrays[name], self._device) for name in self._names]).cpu().numpy()
+        logits: Logits = self.submit(arrays).cpu().numpy()
         return logits
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
@@ -98,7 +125,7 @@ class TorchEngine:
         del self._model
 
 
-class CompiledEngine:
+class CompiledEngine(GpuEngine):
     """The network in half or single precision, compiled; each shape of `shapes` replays its own CUDA graph.
 
     Construction compiles (about a minute; seconds where inductor's cache has it) and may be done in a thread. Capture
@@ -136,10 +163,6 @@ class CompiledEngine:
             self._compiled(*tensors)
         torch.cuda.synchronize()
         self.build_s = time.perf_counter() - start
-
-    def forward(self, arrays: BatchArrays) -> Logits:
-        """See `Engine.forward`."""
-        return forward_padded(self.run, self._names, self._shapes, arrays)
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors of one of the engine's shapes, on the GPU -> logits there, valid until the next call."""

@@ -1,0 +1,140 @@
+"""How large a run's stages are: actors, their shares of the cluster, and the rows that travel between them.
+
+Owns the arithmetic alone: resources in, numbers out. Explicit numbers in the configuration win.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from scoring.config import ScoreConfig
+from scoring.decoding import DecodePlan, can_use_gpu
+from scoring.spec import FeatureSpec
+
+_MIB = 2**20
+# Reads and writes are short and mostly wait for storage; a whole CPU each would starve the pools on small machines.
+IO_CPUS = 0.25
+
+# Seconds of a core a row on an H100's host: reading, tokens and columns; decoding one JPEG of 40 KB (580 images/s).
+_ROW_CPU_S, _DECODE_CPU_S = 0.25e-3, 1.7e-3
+# Images a second of the GPU's JPEG engine (24,200 alone, 16,500 with the resize behind it).
+_HARDWARE_RATE = 18_000.0
+# Rows between the stages. With images a block is 9 MB encoded, 38 MB of pixels, 140 MB of frames; a window of several is
+# sorted by length and keeps the decoder full. Texts and numbers are small: their window may be large.
+_IMAGE_BLOCK, _IMAGE_WINDOW = 256, 1_024
+_PLAIN_BLOCK, _PLAIN_WINDOW = 2_048, 4_096
+# A frame is 0.56 MB where an encoded image is 0.04: fewer of them on their way.
+_FRAME_WINDOW = 512
+_CPU_ROWS = 256
+_MIN_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many actors of each kind, and what each asks of Ray. `num_threads` is torch's, for scoring on the CPU."""
+
+    scoring_actors: int
+    gpus_per_actor: float
+    scoring_cpus: float
+    feature_workers: int
+    feature_cpus: float
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rows a block of features and a window of scoring, calls in flight an actor, and bytes of Ray's blocks."""
+
+    block_rows: int
+    window_rows: int
+    calls: int
+    block_bytes: int
+
+
+def size_pools(config: ScoreConfig, resources: Mapping[str, float]) -> Pools:
+    """Actors and their shares from the cluster's resources.
+
+    Without a GPU the forward is the bound (about 50 rows/s a core against 200 for features), so a quarter of the cores
+    prepares features and the rest scores, one actor a 8 cores. With GPUs all cores but one a GPU prepare features: that one
+    is the scoring actor's own. What the actors hold always leaves room for a read and a write task, or nothing would move.
+    """
+    cpus = int(config.resources.cpus or resources.get("CPU", 1))
+    per_actor = config.resources.gpus
+    may_use = config.engine.provider != "cpu" and (per_actor is None or per_actor > 0)
+    gpus = resources.get("GPU", 0.0) if may_use else 0.0
+    if gpus:
+        actors = config.resources.actors or max(1, int(gpus / (per_actor or 1.0)))
+        workers, threads = max(1, cpus - max(1, int(gpus))), 1
+        share = min(per_actor or 1.0, gpus / actors)
+    else:
+        actors = config.resources.actors or max(1, cpus // 8)
+        workers = max(1, cpus // 4)
+        # More threads than cores is far worse than too few: OpenMP's threads spin while they wait for each other.
+        threads = max(1, (cpus - workers) // actors)
+        share = 0.0
+    wanted = workers + (0 if share else actors * threads)
+    scale = min(1.0, (cpus - 2 * IO_CPUS) / wanted)
+    # Ray takes fractions of 1/10,000; rounding up could let the sum pass what is there.
+    return Pools(
+        scoring_actors=actors,
+        gpus_per_actor=share,
+        scoring_cpus=0.0 if share else math.floor(1000 * scale * threads) / 1000,
+        feature_workers=workers,
+        feature_cpus=math.floor(1000 * scale) / 1000,
+        num_threads=threads,
+    )
+
+
+def plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools, *, has_decoder: bool) -> DecodePlan:
+    """How the run's images are decoded; `has_decoder`: the GPUs' nodes have nvImageCodec.
+
+    Raises ValueError, with what to do next, where a mode that was named cannot be had.
+    """
+    wanted = config.images.decode
+    if not spec.image:
+        return DecodePlan()
+    resizes = pools.gpus_per_actor > 0 and can_use_gpu(spec)
+    if wanted == "gpu" or (wanted == "auto" and resizes and has_decoder):
+        if not resizes:
+            reason = (
+                "no GPU is used by this run"
+                if not pools.gpus_per_actor
+                else "this predictor's images need the exact way"
+            )
+            raise ValueError(f"images.decode: gpu cannot be had: {reason}. Set images.decode=auto")
+        if not has_decoder:
+            raise ValueError(
+                "images.decode: gpu needs nvImageCodec on the GPU's node; install multimodal-scorer[gpu-images] there, or set "
+                "images.decode=auto"
+            )
+        return DecodePlan("gpu", resizes_on_gpu=True, cpu_share=cpu_share(pools))
+    if wanted == "fast":
+        return DecodePlan("fast")
+    return DecodePlan("exact", resizes_on_gpu=resizes)
+
+
+def cpu_share(pools: Pools) -> float:
+    """The part of the rows that workers decode beside the GPU's decoder, so that both are busy; 0 with few cores.
+
+    With T rows/s, (1 - s) T of them are the decoder's and T (row + s decode) seconds the cores'.
+    """
+    cores = pools.feature_workers / max(1.0, pools.scoring_actors * pools.gpus_per_actor)
+    spare = cores - _HARDWARE_RATE * _ROW_CPU_S
+    return round(max(0.0, spare / (_HARDWARE_RATE * _DECODE_CPU_S + cores)), 2)
+
+
+def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: DecodePlan, rows: int) -> Flow:
+    """Rows and bytes between the stages; a small run is cut into several blocks a worker, so that all of them work."""
+    if not pools.gpus_per_actor:
+        rows_a_time = config.batch.rows or _CPU_ROWS
+        return Flow(rows_a_time, rows_a_time, 1, 16 * _MIB)
+    has_images = bool(spec.image)
+    block = _IMAGE_BLOCK if has_images else _PLAIN_BLOCK
+    share = rows // (4 * pools.feature_workers)
+    block = max(_MIN_BLOCK, min(block, 1 << max(0, share.bit_length() - 1)))
+    window = _PLAIN_WINDOW
+    if has_images:
+        window = _FRAME_WINDOW if decode.mode == "exact" else _IMAGE_WINDOW
+    window = max(block, config.batch.rows or 0, min(window, 4 * block if has_images else 2 * block))
+    # Two calls: while one is in the forward, the next one's images are decoded and copied.
+    return Flow(block, window, 2, 64 * _MIB)

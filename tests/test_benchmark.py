@@ -1,0 +1,205 @@
+"""`jobs.benchmark pipeline`: the quick comparison as a user starts it, its rows, and the arithmetic on what it samples."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.bench_data import GROUP_ROWS, Recipe, make_cut, repeat_cut
+from jobs.bench_document import failures, open_document, ratios
+from jobs.bench_pipeline import LEVERS, chosen_parts
+from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
+from jobs.bench_setup import Request
+from jobs.bench_watch import process_kind
+from scoring.config import ScoreConfig, load_config
+from scoring.errors import ConfigError
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.timeout(600)
+def test_quick_comparison_accounts_for_every_row_and_agrees_with_predict_proba(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.benchmark", "pipeline", "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document == json.loads((tmp_path / "pipeline.json").read_text())
+    parts = document["parts"]
+    assert {name: entry["rows"] for name, entry in parts.items()} == dict.fromkeys(("A", "D-exact", "L", "P"), 384)
+    assert all(entry["rows_per_s"] > 0 for entry in parts.values())
+    ours = parts["D-exact"]
+    assert ours["is_accounted"]
+    assert (ours["rows_scored"], ours["rows_quarantined"]) == (384, 0)
+    assert ours["rows_compared"] == 384
+    assert ours["max_abs_diff"] <= 1e-4
+    assert ours["flips"] == 0
+    assert {"driver", "feature workers", "scoring actors"} <= set(ours["memory"])
+    assert sum(actor["rows"] for actor in ours["actors"]) == 384
+    assert 0 < ours["ready_s"] < ours["first_score_s"] < ours["wall_s"]
+    assert {"D/A", "D/min(L,P)"} <= set(document["ratios"]["D-exact"])
+    assert (tmp_path / "pipeline.png").stat().st_size > 0
+
+
+def test_a_quick_run_fails_when_rows_are_missing_or_scores_differ() -> None:
+    good = {
+        "rows_per_s": 5.0,
+        "rows": 10,
+        "rows_scored": 10,
+        "rows_quarantined": 0,
+        "rows_bad_injected": 0,
+        "is_accounted": True,
+        "rows_compared": 10,
+        "max_abs_diff": 1e-6,
+    }
+    assert not failures({"parts": {"D-exact": good}}, ["D-exact"])
+    differs = failures({"parts": {"D-exact": {**good, "max_abs_diff": 2e-4}}}, ["D-exact"])
+    assert "differ from predict_proba(realtime=True) by 0.0002" in differs[0]
+    assert failures({"parts": {"D-exact": {**good, "max_abs_diff": None}}}, ["D-exact"])
+    lost = failures({"parts": {"D-exact": {**good, "rows_scored": 9, "is_accounted": False}}}, ["D-exact"])
+    assert "10 rows in, 9 scored" in lost[0]
+    assert failures({"parts": {"L": {"unavailable": "no engine"}}}, ["L"]) == ["L: no engine"]
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    first, again, other = (
+        make_cut(tmp_path / name, Recipe(rows=40, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    contents = [cut.parquet[0].read_bytes() for cut in (first, again, other)]
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+    made_at = first.parquet[0].stat().st_mtime_ns
+    assert make_cut(tmp_path / "a", Recipe(rows=40, seed=1)) == first
+    assert first.parquet[0].stat().st_mtime_ns == made_at, "a cut that is there is not made again"
+    assert len(pd.read_parquet(make_cut(tmp_path / "a", Recipe(rows=30, seed=1)).parquet[0])) == 30
+
+
+def test_both_layouts_hold_the_same_rows_and_texts_are_long(tmp_path: Path) -> None:
+    cut = make_cut(tmp_path / "cut", Recipe(rows=GROUP_ROWS + 10))
+    assert pq.read_metadata(cut.parquet[0]).num_row_groups == 2
+    as_bytes, as_paths = pd.read_parquet(cut.parquet[0]), pd.read_csv(cut.csv[0])
+    assert list(as_bytes.columns) == list(as_paths.columns)
+    assert as_bytes["PetID"].tolist() == as_paths["PetID"].tolist()
+    for content, path in zip(as_bytes["Images"].head(50), as_paths["Images"].head(50), strict=True):
+        assert (content is None and pd.isna(path)) or content == Path(path).read_bytes()
+    words = as_bytes["Description"].dropna().str.split().str.len()
+    assert 34 <= words.median() <= 46
+    assert words.max() > 150
+    assert 0.01 < as_bytes["Images"].isna().mean() < 0.05
+
+
+def test_bad_images_are_as_many_as_it_says_and_unusual_ones_decode(tmp_path: Path) -> None:
+    from scoring.images import BadImageError, decode_image
+
+    cut = make_cut(tmp_path / "cut", Recipe(rows=400, bad=True))
+    assert (cut.num_bad, cut.num_unusual) == (4, 3)
+    bad = 0
+    for content in pd.read_parquet(cut.parquet[0])["Images"].dropna():
+        try:
+            decode_image(content, max_pixels=10**8)
+        except BadImageError:
+            bad += 1
+    assert bad == cut.num_bad
+    paths = pd.read_csv(cut.csv[0])["Images"].dropna()
+    assert sum(not Path(path).exists() for path in paths) == 2, "half of the bad ones are not there"
+    assert paths.str.contains("unusual").sum() == cut.num_unusual
+
+
+def test_size_classes_and_cuts_without_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    make_cut(tmp_path / "sizes", Recipe(rows=40, images="sizes"))
+    sizes = [Image.open(path).size for path in (tmp_path / "sizes" / "images").glob("*.jpg")]
+    shares = {size: sizes.count(size) for size in set(sizes)}
+    assert shares == {(320, 240): 4, (500, 375): 24, (800, 600): 10, (1600, 1200): 2}
+    plain = make_cut(tmp_path / "plain", Recipe(rows=20, images="none", median_words=130))
+    assert "Images" not in pd.read_parquet(plain.parquet[0]).columns
+    assert not (tmp_path / "plain" / "images").exists()
+
+
+def test_rows_are_repeated_by_whole_files_under_new_names(tmp_path: Path) -> None:
+    cut = make_cut(tmp_path / "cut", Recipe(rows=30, images="none"))
+    folder, rows = repeat_cut(cut, 100, tmp_path / "input")
+    files = sorted(folder.iterdir())
+    assert rows == 120
+    assert len({file.name for file in files}) == 4
+    assert sum(pq.read_metadata(file).num_rows for file in files) == 120
+    assert repeat_cut(cut, 30, tmp_path / "input", layout="paths")[1] == 30
+    assert [file.suffix for file in folder.iterdir()] == [".csv"]
+
+
+def test_steady_rate_leaves_out_the_start_and_the_end() -> None:
+    # 10 rows/s but for a slow start and a slow end.
+    landed = [(100.0 + i, 10.0 * i) for i in range(1, 10)] + [(200.0, 100.0)]
+    assert steady_rate(landed) == pytest.approx(10)
+    assert steady_rate([(5.0, 384.0)]) is None, "one part says nothing"
+    assert steady_rate([]) is None
+    assert steady_rate([(1.0, 50.0), (1.0, 60.0), (2.0, 100.0)]) is None, "points of one moment have no rate"
+
+
+def test_series_are_thinned_without_losing_their_ends_or_means() -> None:
+    series = [(float(i), float(i % 2)) for i in range(1000)]
+    thin = thin_out(series, points=100)
+    assert (len(thin), thin[0], thin[-1]) == (100, [0.0, 0.0], [999.0, 1.0])
+    assert {value for _, value in thin_mean(series, points=100)} == {0.5}
+    assert len(thin_mean(series, points=300)) <= 300
+    assert thin_out(series[:3]) == [[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]]
+    assert mean_between(series, 2.0, 3.0) == 0.5
+    assert mean_between([], 0.0, 1.0) is None
+
+
+HEAD: dict[str, Any] = {"device": "cpu", "cores": 2, "quick": True, "seed": 0, "date": "2026-01-02"}
+
+
+def test_a_document_goes_on_with_what_is_there_and_refuses_another_machines(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.json"
+    assert open_document(path, HEAD)["parts"] == {}
+    path.write_text(json.dumps({**HEAD, "date": "2026-01-01", "parts": {"A": {"rows_per_s": 1.0}}, "ratios": {}}))
+    found = open_document(path, HEAD)
+    assert found["parts"] == {"A": {"rows_per_s": 1.0}}
+    assert found["date"] == "2026-01-02"
+    with pytest.raises(ConfigError, match="device 'cpu', now 'NVIDIA H100'"):
+        open_document(path, {**HEAD, "device": "NVIDIA H100"})
+
+
+def test_ratios_compare_ours_with_each_peer_and_the_lower_limit() -> None:
+    parts: dict[str, Any] = {
+        "A": {"rows_per_s": 10.0},
+        "C": {"unavailable": "no"},
+        "D-exact": {"rows_per_s": 50.0, "steady_rows_per_s": 80.0},
+        "D-gpu": {"unavailable": "no"},
+        "L": {"rows_per_s": 400.0},
+        "P": {"rows_per_s": 200.0, "by_decode": {"exact": {"rows_per_s": 100.0}}},
+    }
+    expected = {"D/A": 5.0, "D/min(L,P)": 0.5, "steady/A": 8.0, "steady/min(L,P)": 0.8}
+    assert ratios(parts) == {"D-exact": expected}
+    parts["D-exact"]["steady_rows_per_s"] = None
+    assert ratios(parts) == {"D-exact": {"D/A": 5.0, "D/min(L,P)": 0.5}}
+
+
+def test_parts_keep_their_order_and_an_unknown_one_is_named() -> None:
+    assert chosen_parts(Request(Path("."), only=("L", "A"))) == ("A", "L")
+    assert chosen_parts(Request(Path("."), quick=True)) == ("A", "D-exact", "L", "P")
+    assert "levers" not in chosen_parts(Request(Path(".")))
+    with pytest.raises(ConfigError, match="no part 'B'; the parts are A, A\\+, C"):
+        chosen_parts(Request(Path("."), only=("B",)))
+
+
+def test_every_lever_is_a_configuration_that_loads(tmp_path: Path) -> None:
+    flags = {"input.paths": ["/data"], "predictor.path": "/model", "output.path": "/scores"}
+    for lever in LEVERS:
+        overrides = [f"{key}={value}" for key, value in lever.settings.items()]
+        assert isinstance(load_config(file=None, flags=flags, overrides=overrides, cwd=tmp_path), ScoreConfig)
+    assert len({lever.name for lever in LEVERS}) == len(LEVERS) >= 7
+
+
+def test_processes_are_told_apart_by_their_titles() -> None:
+    assert process_kind("ray::MapWorker(MapBatches(FeatureWorker)).submit") == "feature workers"
+    assert process_kind("ray::MapWorker(MapBatches(ScoringActor))") == "scoring actors"
+    assert process_kind("ray::IDLE") == "other ray workers"
+    assert process_kind("/env/site-packages/ray/core/src/ray/raylet/raylet --x") == "ray system"
+    assert process_kind("/usr/bin/python -c x") == "other"

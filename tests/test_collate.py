@@ -1,0 +1,46 @@
+"""How rows are cut into micro-batches: every row once, shapes that engines have, little padding."""
+
+import numpy as np
+import pytest
+
+from scoring.collate import cut
+from scoring.engines.base import Shapes
+
+SHAPES = Shapes((32, 64, 128, 256, 512), (32, 48, 64, 96, 128, 192, 256, 384, 512))
+BUDGET = 512 * 128
+
+
+def lengths(rows: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Token counts as texts have them: log-normal around 60, up to 512."""
+    drawn = np.random.default_rng(seed).lognormal(4.1, 0.6, rows)
+    return np.sort(np.clip(drawn, 2, 512).astype(np.int64))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 200, 1024, 4096])
+def test_every_row_is_in_one_batch_and_no_batch_is_over_its_bounds(rows: int) -> None:
+    found = lengths(rows, rows)
+    for shapes in (SHAPES, None):
+        ends = list(cut(found, 512, shapes, BUDGET))
+        assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
+        assert ends[-1][1] == rows
+        for start, end in ends:
+            longest = int(found[end - 1])
+            padded_rows, tokens = shapes.fit(end - start, longest) if shapes else (end - start, longest)
+            assert padded_rows <= 512
+            assert padded_rows * tokens <= BUDGET
+
+
+def test_batches_have_the_engines_row_counts_but_for_the_last() -> None:
+    ends = list(cut(lengths(4096, 7), 512, SHAPES, BUDGET))
+    assert all(end - start in SHAPES.rows for start, end in ends[:-1])
+
+
+def test_padding_is_a_small_part_of_the_work() -> None:
+    found = lengths(4096, 3)
+    work = sum(np.prod(SHAPES.fit(end - start, int(found[end - 1]))) for start, end in cut(found, 512, SHAPES, BUDGET))
+    assert found.sum() / work > 0.75
+
+
+def test_without_texts_rows_are_cut_at_the_largest_batch() -> None:
+    shapes = Shapes((64, 128), ())
+    assert list(cut(np.zeros(300, dtype=np.int64), 128, shapes, None)) == [(0, 128), (128, 256), (256, 300)]

@@ -1,0 +1,122 @@
+"""Which way an image takes, and what the ways have in common: no image is lost, none is read wrongly."""
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+
+from scoring.decoding import ENCODED, FRAME, PIXELS, DecodePlan, Prepared, prepare
+from scoring.features import share_of_rows
+from scoring.images import BadImageError, prepare_image
+from scoring.jpeg import hardware_size
+from scoring.spec import ImageModel
+
+MODEL = ImageModel("image", 64, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 1)
+GPU = DecodePlan("gpu", resizes_on_gpu=True, cpu_share=0.5)
+MAX_PIXELS = 10**8
+
+
+def picture(width: int = 120, height: int = 90) -> PIL.Image.Image:
+    """A smooth picture: JPEG keeps it, and a resize has something to do."""
+    x, y = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 4, height))
+    channels = [np.sin(x) * np.cos(y), np.cos(x + y), np.sin(x * y / 3)]
+    return PIL.Image.fromarray((np.stack(channels, axis=-1) * 100 + 128).astype(np.uint8))
+
+
+def jpeg(image: PIL.Image.Image | None = None, **options: Any) -> bytes:
+    out = io.BytesIO()
+    (image or picture()).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    picture().save(out, "PNG")
+    return out.getvalue()
+
+
+def adobe_rgb() -> bytes:
+    """A JPEG whose Adobe marker says that no colour conversion was made."""
+    content = jpeg()
+    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+    return content[:2] + marker + content[2:]
+
+
+UNUSUAL = {
+    "progressive": jpeg(progressive=True),
+    "gray": jpeg(picture().convert("L")),
+    "cmyk": jpeg(picture().convert("CMYK")),
+    "png": png(),
+    "cut off": jpeg()[:-200],
+    "bytes after the end": jpeg() + b"\0\0",
+    "adobe rgb": adobe_rgb(),
+}
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_plain_jpegs_go_to_the_hardware_decoder_as_they_are(subsampling: int) -> None:
+    content = jpeg(subsampling=subsampling)
+    assert hardware_size(content) == (120, 90)
+    assert prepare(content, MODEL, GPU, on_cpu=False, max_pixels=MAX_PIXELS) == Prepared(ENCODED, content, 120, 90)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_anything_else_is_decoded_by_pillow(name: str) -> None:
+    content = UNUSUAL[name]
+    assert hardware_size(content) is None
+    prepared = prepare(content, MODEL, GPU, on_cpu=False, max_pixels=MAX_PIXELS)
+    assert prepared.form == FRAME
+    assert (prepared.width, prepared.height, len(prepared.content)) == (120, 90, 120 * 90 * 3)
+    fast = prepare(content, MODEL, DecodePlan("fast"), on_cpu=False, max_pixels=MAX_PIXELS)
+    assert fast.content == prepare_image(content, MODEL, max_pixels=MAX_PIXELS)
+
+
+def test_headers_that_end_too_soon_are_no_jpeg() -> None:
+    content = jpeg()
+    for end in range(2, 200):
+        assert hardware_size(content[:end] + b"\xff\xd9") in (None, (120, 90))
+    assert hardware_size(b"") is None
+    assert hardware_size(b"\xff\xd8\xff\xd9") is None
+
+
+@pytest.mark.parametrize("plan", [GPU, DecodePlan("exact", resizes_on_gpu=True)])
+def test_strips_specks_and_giants_are_resized_where_they_are_decoded(plan: DecodePlan) -> None:
+    for width, height in ((700, 80), (12, 90), (2100, 2000)):
+        content = jpeg(picture(width, height))
+        prepared = prepare(content, MODEL, plan, on_cpu=False, max_pixels=MAX_PIXELS)
+        assert prepared.form == PIXELS
+        assert prepared.content == prepare_image(content, MODEL, max_pixels=MAX_PIXELS)
+
+
+@pytest.mark.parametrize("plan", [GPU, DecodePlan("fast"), DecodePlan("exact", resizes_on_gpu=True), DecodePlan()])
+def test_no_way_reads_what_is_too_large_or_no_image(plan: DecodePlan) -> None:
+    for content in (jpeg(picture(120, 90)), b"no image"):
+        with pytest.raises(BadImageError):
+            prepare(content, MODEL, plan, on_cpu=False, max_pixels=120 * 90 - 1)
+
+
+@pytest.mark.parametrize("transforms", [("resize_shorter_side", "center_crop"), ("resize_to_square",)])
+def test_fast_pixels_are_within_two_levels(transforms: tuple[str, ...]) -> None:
+    model = ImageModel("image", 64, (0.5,) * 3, (0.5,) * 3, transforms, 1)
+    for width, height in ((120, 90), (333, 401), (64, 64), (40, 50)):
+        content = jpeg(picture(width, height), quality=90)
+        fast, exact = (
+            np.frombuffer(
+                prepare(content, model, DecodePlan(mode), on_cpu=False, max_pixels=MAX_PIXELS).content, np.uint8
+            ).astype(int)
+            for mode in ("fast", "exact")
+        )
+        assert np.abs(fast - exact).max() <= 2
+        assert (fast == exact).mean() >= 0.98
+
+
+def test_a_share_of_rows_is_that_large_and_the_same_in_every_block() -> None:
+    rows: npt.NDArray[np.int64] = np.arange(100_000, dtype=np.int64)
+    for share in (0.0, 0.2, 1.0):
+        chosen = share_of_rows(rows, share)
+        assert abs(chosen.mean() - share) < 0.01
+        np.testing.assert_array_equal(share_of_rows(rows[5_000:6_000], share), chosen[5_000:6_000])
+        assert abs(chosen[:256].mean() - share) < 0.1

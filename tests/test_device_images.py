@@ -1,0 +1,134 @@
+"""The GPU's part of image preparation, on the CPU: Triton's interpreter for its kernels, Pillow in the decoder's place.
+
+In a process of its own, as in `test_resample.py`.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+
+from scoring.columns import MARK_FIELDS, SOURCE_ROW
+from scoring.config import ImagesConfig
+from scoring.decoding import DecodePlan
+from scoring.features import FeatureBuilder
+from scoring.images import ImageFetcher
+from scoring.spec import FeatureSpec, ImageColumn, ImageModel
+from tests.test_decoding import UNUSUAL, jpeg, picture
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL = ImageModel("image", 32, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 2)
+GOOD = (jpeg(picture(50, 70)), jpeg(picture(130, 61)), *UNUSUAL.values())
+
+
+class PillowDecoder:
+    """In the hardware decoder's place: what Pillow reads, None where it is told to fail."""
+
+    def __init__(self, fails_on: Sequence[bytes]) -> None:
+        self._fails_on = frozenset(fails_on)
+        self.asked = 0
+
+    @contextmanager
+    def decode(self, contents: Sequence[Any]) -> Iterator[list[Any]]:
+        self.asked += len(contents)
+        yield [None if item.tobytes() in self._fails_on else Frame(item.tobytes()) for item in contents]
+
+
+class Frame:
+    """A decoded image with the attributes that nvImageCodec's have."""
+
+    def __init__(self, content: bytes) -> None:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            self._pixels = np.ascontiguousarray(image.convert("RGB"))
+        self.height, self.width = self._pixels.shape[:2]
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"data": (self._pixels.ctypes.data, False), "strides": None, "shape": self._pixels.shape}
+
+
+def features_of(rows: Sequence[Sequence[bytes | None]], plan: DecodePlan) -> pa.Table:
+    spec = FeatureSpec(
+        "y", "binary", (0, 1), (), (), (), (ImageColumn("Images", "image_bytearray"),), (), (), (), (MODEL,), False
+    )
+    cells = pa.array([list(row) for row in rows], pa.list_(pa.binary()))
+    columns = {"model:Images": cells, SOURCE_ROW: pa.array(range(len(rows)), pa.int64())}
+    marks = {field.name: pa.nulls(len(rows), field.type) for field in MARK_FIELDS}
+    return FeatureBuilder(spec, ImageFetcher(ImagesConfig(base="/")), plan)(pa.table({**columns, **marks}))
+
+
+def compare() -> dict[str, Any]:
+    """What each way makes of the same rows, against the workers' own exact pixels."""
+    from scoring.collate import collate
+    from scoring.device_images import ImageStage
+
+    rows: list[list[bytes | None]] = [[content] for content in GOOD]
+    rows += [[GOOD[0], GOOD[1]], [None], [None, GOOD[1]], [GOOD[0], UNUSUAL["png"]]]
+    exact = features_of(rows, DecodePlan())
+    spec_free = collate(exact, _spec())["image:pixels"]
+    found: dict[str, Any] = {}
+    for name, plan in (
+        ("frames", DecodePlan("exact", resizes_on_gpu=True)),
+        ("encoded", DecodePlan("gpu", resizes_on_gpu=True)),
+        ("shared", DecodePlan("gpu", resizes_on_gpu=True, cpu_share=0.5)),
+        ("pixels", DecodePlan()),
+    ):
+        table = features_of(rows, plan)
+        # Two chunks: what arrives at the actor is several blocks.
+        table = pa.concat_tables([table.slice(0, 5), table.slice(5)])
+        stage = ImageStage(MODEL, "cpu", decodes=False, max_pixels=10**8)
+        decoder = PillowDecoder(fails_on=[GOOD[1]])
+        stage._decoder = decoder  # type: ignore[assignment]
+        images, bad = stage.load(table)
+        order = np.arange(len(rows))[::-1].copy()
+        pixels = images.take(order, 2).numpy()[::-1]
+        found[name] = {"differing": int((pixels != spec_free).sum()), "bad": len(bad), "decoded": decoder.asked}
+    # Pillow refuses it as well where the limit is lower than the worker's was.
+    stage = ImageStage(MODEL, "cpu", decodes=False, max_pixels=1_000)
+    stage._decoder = PillowDecoder(fails_on=[GOOD[1]])  # type: ignore[assignment]
+    table = features_of([[GOOD[0]], [GOOD[1]], [GOOD[0]]], DecodePlan("gpu", resizes_on_gpu=True))
+    images, bad = stage.load(table)
+    found["refused"] = {
+        "forms": table["feat:image:form"].to_pylist(),
+        "bad": {row: error.reason for row, error in bad.items()},
+        "left": int(images.take(np.array([1]), 1).sum()),
+    }
+    return found
+
+
+def _spec() -> FeatureSpec:
+    column = ImageColumn("Images", "image_bytearray")
+    return FeatureSpec("y", "binary", (0, 1), (), (), (), (column,), (), (), (), (MODEL,), False)
+
+
+def test_every_way_gives_the_same_pixels_and_what_the_decoder_cannot_read_goes_to_pillow() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_device_images"],
+        cwd=REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("frames", "encoded", "shared", "pixels"):
+        assert (found[name]["differing"], found[name]["bad"]) == (0, 0), name
+    # Two plain JPEGs alone, two rows of two, one beside a missing one; not the row that a PNG shares.
+    assert found["encoded"]["decoded"] == 5
+    assert 0 < found["shared"]["decoded"] < 5
+    assert found["frames"]["decoded"] == found["pixels"]["decoded"] == 0
+    assert found["refused"] == {"forms": [2, 2, 2], "bad": {"1": "image_too_large"}, "left": 0}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare()))
