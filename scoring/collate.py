@@ -18,9 +18,6 @@ from scoring.spec import FeatureSpec, ImageModel, TextModel
 
 Places = npt.NDArray[np.intp]
 
-# Fewer rows than this part of a full batch are not worth a batch of their own: they join the next longer step.
-_LEFT_OVER = 4
-
 
 def micro_batches(
     table: pa.Table,
@@ -31,8 +28,7 @@ def micro_batches(
 ) -> Iterator[tuple[Places, dict[str, npt.NDArray[Any]]]]:
     """The rows of a features table as batches of at most `max_rows`: their places in the table, and their arrays.
 
-    Rows of like length go together, since a batch is padded to its longest. With `shapes` batches are cut to be of those
-    shapes as far as possible; `max_tokens` bounds rows x padded tokens.
+    Rows of like length go together, since a batch is padded to its longest. `max_tokens` bounds rows x padded tokens.
     """
     lengths = token_counts(table, spec)
     order = np.argsort(lengths, kind="stable")
@@ -44,29 +40,26 @@ def micro_batches(
 def cut(
     lengths: npt.NDArray[np.int64], max_rows: int, shapes: Shapes | None, max_tokens: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Ascending lengths -> [start, end) of each batch.
+    """Ascending lengths -> [start, end) of each batch: as many rows as `max_rows` and `max_tokens` allow.
 
-    With shapes, a batch has one of their row counts and the rows of one token step; the few that are left over join the
-    next longer step, and the last ones alone are padded with rows.
+    With shapes, a batch that the budget limits has one of their row counts. Full batches of mixed lengths beat small ones of
+    one length: on an H100 a row's image costs as much as 250 tokens, and 128 rows run at 3/4 of the rate of 512.
     """
     start = 0
-    if shapes is None:
-        while start < len(lengths):
-            end = min(start + max_rows, len(lengths))
-            while max_tokens and end > start + 1 and (end - start) * lengths[end - 1] > max_tokens:
-                end -= 1
-            yield start, end
-            start = end
-        return
-    steps = np.array([shapes.fit(1, int(length))[1] for length in lengths])
-    for step in np.unique(steps).tolist():
-        end = int(np.searchsorted(steps, step, side="right"))
-        largest = max(1, min(max_rows, (max_tokens or max_rows * max(1, step)) // max(1, step)))
-        counts = [rows for rows in shapes.rows if rows <= largest] or [largest]
-        while end - start >= counts[-1] // _LEFT_OVER or (end == len(steps) and start < end):
-            rows = next((rows for rows in reversed(counts) if rows <= end - start), end - start)
-            yield start, start + rows
-            start += rows
+    while start < len(lengths):
+        rows = min(max_rows, len(lengths) - start)
+        if max_tokens and not _fits(lengths, start, rows, shapes, max_tokens):
+            counts = [count for count in shapes.rows if count < rows] if shapes else range(1, rows)
+            fitting = [count for count in counts if _fits(lengths, start, count, shapes, max_tokens)]
+            rows = fitting[-1] if fitting else 1
+        yield start, start + rows
+        start += rows
+
+
+def _fits(lengths: npt.NDArray[np.int64], start: int, rows: int, shapes: Shapes | None, max_tokens: int) -> bool:
+    longest = int(lengths[start + rows - 1])
+    padded_rows, tokens = shapes.fit(rows, longest) if shapes else (rows, longest)
+    return padded_rows * tokens <= max_tokens
 
 
 def token_counts(table: pa.Table, spec: FeatureSpec) -> npt.NDArray[np.int64]:

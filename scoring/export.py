@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXPORT_VERSION = 2
+EXPORT_VERSION = 3
 """Raised when the same predictor would export to another graph: part of every cache key."""
 
 # 17 is the first with LayerNormalization; TensorRT 10, TensorRT for RTX and ONNX Runtime's fusions all take it.
@@ -31,6 +31,8 @@ _OPSET = 17
 _EXTERNAL_BYTES = 2**31 - 2**26
 # Sums of squares and exponentials overflow at 65,504 in half; TensorRT computes them in the type it is given.
 _TENSORRT_FLOAT32 = ("LayerNormalization", "Softmax", "Pow", "ReduceMean", "ReduceSum", "Sqrt", "Exp", "Reciprocal")
+
+_RGB = 3
 
 Target = Literal["onnxruntime", "tensorrt"]
 
@@ -142,6 +144,7 @@ def optimize_graph(
             disable_shape_infer=_is_large(graph.model),
         )
     _drop_repeated_casts(graph.model)
+    _join_turned_images(graph.model)
     graph.save_model_to_file(str(target), use_external_data_format=_is_large(graph.model))
 
 
@@ -152,6 +155,23 @@ def _drop_repeated_casts(model: "onnx.ModelProto") -> None:
         if node.op_type == "Cast" and node.output[0] in seen:
             model.graph.node.remove(node)
         seen.add(node.output[0])
+
+
+def _join_turned_images(model: "onnx.ModelProto") -> None:
+    """Give a first convolution the turned images themselves, without the reshapes to images a row and back in between.
+
+    Only then does ONNX Runtime see that turning to channels first and its own turning back cancel.
+    """
+    producers = {output: node for node in model.graph.node for output in node.output}
+    channels = {tensor.name: tensor.dims[1] for tensor in model.graph.initializer if len(tensor.dims) == 4}
+    for node in model.graph.node:
+        if node.op_type != "Conv" or channels.get(node.input[1]) != _RGB:
+            continue
+        source = producers.get(node.input[0])
+        while source is not None and source.op_type == "Reshape":
+            source = producers.get(source.input[0])
+        if source is not None and source.op_type == "Transpose" and list(source.attribute[0].ints) == [0, 3, 1, 2]:
+            node.input[0] = source.output[0]
 
 
 def _node_names(path: Path) -> list[str]:

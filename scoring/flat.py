@@ -170,13 +170,18 @@ def flat_model(
         def _images(self, image_model: ImageModel, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             prefix = image_model.prefix
             # Cast first: TensorRT takes uint8 into a cast and nothing else.
-            pixels = arrays[f"{prefix}:pixels"].to(torch.float32).permute(0, 1, 4, 2, 3)
+            pixels = arrays[f"{prefix}:pixels"].to(torch.float32)
             scale, shift = getattr(self, f"{prefix}_scale"), getattr(self, f"{prefix}_shift")
-            images = (pixels * scale + shift).to(dtype)
             # Upstream divides by this number: as an integer it would lift half features to float32.
             valid_num = arrays[f"{prefix}:valid_num"].to(dtype)
             if for_export and prefix in masked_later:
+                # One image axis when they are turned: where the convolutions want channels last, nothing is turned at all
+                # (`export.py` joins the two). On an H100 turning 512 images took 1.0 ms of 17.5.
+                rows, places, height, width, channels = pixels.shape
+                flat = pixels.reshape(rows * places, height, width, channels) * scale.view(3) + shift.view(3)
+                images = flat.to(dtype).permute(0, 3, 1, 2).reshape(rows, places, channels, height, width)
                 return {f"{prefix}_image": images, f"{prefix}_image_valid_num": valid_num}
+            images = (pixels.permute(0, 1, 4, 2, 3) * scale + shift).to(dtype)
             num_images = arrays[f"{prefix}:image_num"]
             padding = torch.arange(pixels.shape[1], device=num_images.device)[None, :] >= num_images[:, None]
             # Padding is 0 after normalising, a blank image is 0 before it (PadCollator; process_one_sample).

@@ -21,10 +21,10 @@ _ROW_CPU_S, _DECODE_CPU_S = 0.25e-3, 1.7e-3
 _HARDWARE_RATE = 18_000.0
 # Rows between the stages. With images a block is 9 MB encoded, 38 MB of pixels, 140 MB of frames; a window of several is
 # sorted by length and keeps the decoder full. Texts and numbers are small: their window may be large.
-_IMAGE_BLOCK, _IMAGE_WINDOW = 256, 1_024
-_PLAIN_BLOCK, _PLAIN_WINDOW = 2_048, 4_096
+_IMAGE_BLOCK, _IMAGE_WINDOW = 512, 4_096
+_PLAIN_BLOCK, _PLAIN_WINDOW = 4_096, 8_192
 # A frame is 0.56 MB where an encoded image is 0.04: fewer of them on their way.
-_FRAME_WINDOW = 512
+_FRAME_BLOCK, _FRAME_WINDOW = 256, 1_024
 _CPU_ROWS = 256
 _MIN_BLOCK = 32
 
@@ -128,13 +128,12 @@ def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: Deco
     if not pools.gpus_per_actor:
         rows_a_time = config.batch.rows or _CPU_ROWS
         return Flow(rows_a_time, rows_a_time, 1, 16 * _MIB)
-    has_images = bool(spec.image)
-    block = _IMAGE_BLOCK if has_images else _PLAIN_BLOCK
+    block, window = _PLAIN_BLOCK, _PLAIN_WINDOW
+    if spec.image:
+        block, window = (_FRAME_BLOCK, _FRAME_WINDOW) if decode.mode == "exact" else (_IMAGE_BLOCK, _IMAGE_WINDOW)
     share = rows // (4 * pools.feature_workers)
     block = max(_MIN_BLOCK, min(block, 1 << max(0, share.bit_length() - 1)))
-    window = _PLAIN_WINDOW
-    if has_images:
-        window = _FRAME_WINDOW if decode.mode == "exact" else _IMAGE_WINDOW
-    window = max(block, config.batch.rows or 0, min(window, 4 * block if has_images else 2 * block))
+    # A few windows at least, so that one is prepared while another is scored.
+    window = max(block, config.batch.rows or 0, min(window, rows // 4))
     # Two calls: while one is in the forward, the next one's images are decoded and copied.
     return Flow(block, window, 2, 64 * _MIB)

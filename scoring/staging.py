@@ -58,6 +58,7 @@ class Staging:
 
     def __init__(self, spec: FeatureSpec, config: ScoreConfig, decode: DecodePlan, *, on_gpu: bool) -> None:
         self._spec = spec
+        self.on_gpu = on_gpu
         self.max_rows = config.batch.rows or (GPU_ROWS if on_gpu else _CPU_ROWS)
         self._max_tokens = config.batch.tokens or (_GPU_TOKENS if on_gpu else None)
         self._shapes = Shapes.of(spec, self.max_rows) if on_gpu else None

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jobs.bench_document import failures, open_document, ratios
 from jobs.bench_pipeline import LEVERS, chosen_parts
 from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
 from jobs.bench_setup import Request
-from jobs.bench_watch import process_kind
+from jobs.bench_watch import GpuProbe, process_kind, watch
 from scoring.config import ScoreConfig, load_config
 from scoring.errors import ConfigError
 from tests.conftest import REPOSITORY
@@ -45,24 +46,42 @@ def test_quick_comparison_accounts_for_every_row_and_agrees_with_predict_proba(t
     assert (tmp_path / "pipeline.png").stat().st_size > 0
 
 
-def test_a_quick_run_fails_when_rows_are_missing_or_scores_differ() -> None:
-    good = {
-        "rows_per_s": 5.0,
-        "rows": 10,
-        "rows_scored": 10,
-        "rows_quarantined": 0,
-        "rows_bad_injected": 0,
-        "is_accounted": True,
-        "rows_compared": 10,
-        "max_abs_diff": 1e-6,
-    }
-    assert not failures({"parts": {"D-exact": good}}, ["D-exact"])
-    differs = failures({"parts": {"D-exact": {**good, "max_abs_diff": 2e-4}}}, ["D-exact"])
-    assert "differ from predict_proba(realtime=True) by 0.0002" in differs[0]
-    assert failures({"parts": {"D-exact": {**good, "max_abs_diff": None}}}, ["D-exact"])
-    lost = failures({"parts": {"D-exact": {**good, "rows_scored": 9, "is_accounted": False}}}, ["D-exact"])
-    assert "10 rows in, 9 scored" in lost[0]
-    assert failures({"parts": {"L": {"unavailable": "no engine"}}}, ["L"]) == ["L: no engine"]
+GOOD: dict[str, Any] = {
+    "rows_per_s": 5.0,
+    "rows": 10,
+    "rows_scored": 10,
+    "rows_quarantined": 0,
+    "rows_bad_injected": 0,
+    "reasons": {},
+    "is_accounted": True,
+    "rows_compared": 10,
+    "max_abs_diff": 1e-6,
+}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_run_fails_when_rows_are_not_accounted_for(quick: bool) -> None:
+    def failed(**changes: Any) -> list[str]:
+        return failures(
+            {"quick": quick, "parts": {"D-exact": {**GOOD, **changes}, "L": {"unavailable": "no"}}}, ["D-exact"]
+        )
+
+    assert not failed()
+    assert "10 rows read, 9 scored and 0 quarantined" in failed(rows_scored=9, is_accounted=False)[0]
+    bad = {"by_layout": {"paths": {**GOOD, "rows_quarantined": 1, "is_accounted": False}}}
+    assert failures({"quick": quick, "parts": {"bad": bad}}, ["bad"])[0].startswith("paths: 10 rows read")
+
+
+def test_a_quick_run_fails_on_scores_that_differ_and_on_parts_without_figures() -> None:
+    def failed(quick: bool, entry: dict[str, Any]) -> list[str]:
+        return failures({"quick": quick, "parts": {"D-exact": entry}}, ["D-exact"])
+
+    differing = {**GOOD, "max_abs_diff": 2e-4}
+    assert "differ from predict_proba(realtime=True) by 0.0002" in failed(True, differing)[0]
+    assert failed(True, {**GOOD, "max_abs_diff": None})
+    assert failed(True, {"unavailable": "no engine"}) == ["D-exact: no engine"]
+    assert not failed(False, differing), "fp16 and fast pixels differ by more: reported, not refused"
+    assert not failed(False, {"unavailable": "no engine"})
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
@@ -203,3 +222,55 @@ def test_processes_are_told_apart_by_their_titles() -> None:
     assert process_kind("ray::IDLE") == "other ray workers"
     assert process_kind("/env/site-packages/ray/core/src/ray/raylet/raylet --x") == "ray system"
     assert process_kind("/usr/bin/python -c x") == "other"
+
+
+def test_gpu_probe_keeps_the_drivers_figures_and_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BrokenError(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise BrokenError
+
+    gpu = types.SimpleNamespace(
+        NVMLError=BrokenError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetUtilizationRates=lambda i: types.SimpleNamespace(gpu=40 + 20 * i),
+        nvmlDeviceGetMemoryInfo=lambda i: types.SimpleNamespace(used=2**30),
+        nvmlDeviceGetJpgUtilization=fail,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", gpu)
+    probe = GpuProbe()
+    probe.take(1.234)
+    assert probe.busy == [(1.23, 50)]
+    assert probe.jpeg == []
+    assert probe.peak_mib == 2048
+    gpu.nvmlInit = fail
+    absent = GpuProbe()
+    absent.take(1.0)
+    assert absent.busy == []
+
+
+def test_watching_counts_parts_as_they_land_and_stops_what_takes_too_long(tmp_path: Path) -> None:
+    script = """
+import pathlib, sys, time, json
+import pyarrow as pa, pyarrow.parquet as pq
+run = pathlib.Path(sys.argv[1]) / "runs" / "r"
+for kind, number in (("scores", 0), ("quarantine", 0), ("scores", 1)):
+    (run / kind).mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"a": [1, 2, 3]}), run / kind / f"part-{number}.parquet")
+    time.sleep(0.5)
+print("words"); print(json.dumps({"rows_read": 9}))
+time.sleep(float(sys.argv[2]))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    watched = watch([*command, "0"], tmp_path, timeout_s=60, environment={})
+    assert watched.code == 0
+    assert watched.summary == {"rows_read": 9}
+    assert [rows for _, rows in watched.landed] == [3, 6, 9]
+    assert watched.memory["driver"]["peak_mib"] > 10
+    assert watched.spilled_mib == 0
+    stopped = watch([*command, "600"], tmp_path / "other", timeout_s=4, environment={})
+    assert stopped.code != 0
+    assert stopped.wall_s < 30

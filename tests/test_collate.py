@@ -30,15 +30,21 @@ def test_every_row_is_in_one_batch_and_no_batch_is_over_its_bounds(rows: int) ->
             assert padded_rows * tokens <= BUDGET
 
 
-def test_batches_have_the_engines_row_counts_but_for_the_last() -> None:
-    ends = list(cut(lengths(4096, 7), 512, SHAPES, BUDGET))
-    assert all(end - start in SHAPES.rows for start, end in ends[:-1])
+def test_batches_are_full_or_as_many_rows_as_the_budget_allows() -> None:
+    found = lengths(4096, 7)
+    ends = list(cut(found, 512, SHAPES, BUDGET))
+    for start, end in ends[:-1]:
+        larger = next((rows for rows in SHAPES.rows if rows > end - start), None)
+        assert end - start in SHAPES.rows
+        if larger is not None and start + larger <= len(found):
+            assert larger * SHAPES.fit(1, int(found[start + larger - 1]))[1] > BUDGET
+    assert len(ends) <= 12
 
 
 def test_padding_is_a_small_part_of_the_work() -> None:
     found = lengths(4096, 3)
     work = sum(np.prod(SHAPES.fit(end - start, int(found[end - 1]))) for start, end in cut(found, 512, SHAPES, BUDGET))
-    assert found.sum() / work > 0.75
+    assert found.sum() / work > 0.7
 
 
 def test_without_texts_rows_are_cut_at_the_largest_batch() -> None:

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from autogluon.multimodal import MultiModalPredictor
 
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CACHE = "~/.cache/multimodal-scorer"
 
 
@@ -48,6 +51,8 @@ class EngineRequest:
     batch_rows: int = 256
     num_threads: int = 1
     sample: Sequence[BatchArrays] = ()
+    timed: Sequence[BatchArrays] = ()
+    """Micro-batches as the run will have them, for the clock (none: the sample's, which are smaller)."""
     reference: Callable[[], Scores] | None = None
     """Upstream's scores of the sample's rows, in its order; without it, or where it raises, the fp32 network's."""
     rows_left: int | None = None
@@ -105,9 +110,27 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
     from scoring.engines.onnx_engine import OnnxGpuEngine, cuda_options
 
     _need_gpu("cuda")
-    options = {**cuda_options(precision), **request.provider_options.get("cuda", {})}
     graph = build_graph(request, precision, "onnxruntime")
-    return OnnxGpuEngine(graph, request.spec, precision, request.shapes, provider="cuda", options=options)
+    rows, tokens = request.shapes.rows[-1], min(request.shapes.tokens, default=0)
+    batch = synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=tokens)
+    for options in cuda_options(precision):
+        engine = OnnxGpuEngine(
+            graph,
+            request.spec,
+            precision,
+            request.shapes,
+            provider="cuda",
+            options={**options, **request.provider_options.get("cuda", {})},
+        )
+        try:
+            engine.forward(batch)  # kernels are looked for at the first batch of a shape
+        except Exception as error:
+            engine.close()
+            reason = str(error).splitlines()[0]
+            logger.warning("engine: cuda-%s does not run with %s: %s", precision, options, reason)
+        else:
+            return engine
+    raise EngineUnavailable(f"ONNX Runtime's CUDA provider does not run this network: {reason}")
 
 
 def _build_tensorrt(request: EngineRequest, precision: Precision) -> Engine:
