@@ -14,13 +14,15 @@ WINDOW_S = 10.0
 
 @dataclass
 class Meter:
-    """Counts batches of one actor. `wait` is the time between two batches: high means starved, not slow."""
+    """Counts batches of one actor. `wait` is the time between two forwards: high means starved, not slow. `stage` is the
+    time spent on decoding, copying and padding, beside the forward of the batch before."""
 
     actor: str
     provider: str
     clock: Clock = time.perf_counter
     num_rows: int = 0
     wait_s: float = 0.0
+    stage_s: float = 0.0
     _started: float = field(init=False)
     _window_started: float = field(init=False)
     _window_rows: int = 0
@@ -56,5 +58,5 @@ class Meter:
         return (
             f"score actor={self.actor} provider={self.provider} rows={self.num_rows} "
             f"rows_per_s={self.num_rows / lifetime:.0f} window={self._window_rows / window:.0f} "
-            f"wait_pct={100 * waited / lifetime:.0f} batch={self._last_batch}"
+            f"wait_pct={100 * waited / lifetime:.0f} stage_pct={100 * self.stage_s / lifetime:.0f} batch={self._last_batch}"
         )

@@ -139,6 +139,7 @@ class Scorer:
         staged = self._staging.stage(table)
         with self._forward:
             self.meter.start_batch()
+            self.meter.stage_s += staged.seconds
             if isinstance(self._engine, Takeover):
                 self._note(self._engine.settle())
             engine = engine_name(self._engine)

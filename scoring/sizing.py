@@ -19,12 +19,26 @@ IO_CPUS = 0.25
 _ROW_CPU_S, _DECODE_CPU_S = 0.25e-3, 1.7e-3
 # Images a second of the GPU's JPEG engine (24,200 alone, 16,500 with the resize behind it).
 _HARDWARE_RATE = 18_000.0
-# Rows between the stages. With images a block is 9 MB encoded, 38 MB of pixels, 140 MB of frames; a window of several is
-# sorted by length and keeps the decoder full. Texts and numbers are small: their window may be large.
-_IMAGE_BLOCK, _IMAGE_WINDOW = 512, 4_096
-_PLAIN_BLOCK, _PLAIN_WINDOW = 4_096, 8_192
-# A frame is 0.56 MB where an encoded image is 0.04: fewer of them on their way.
-_FRAME_BLOCK, _FRAME_WINDOW = 256, 1_024
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Rows a block of features and a window of scoring, and the MiB at which Ray closes a block.
+
+    A block should be 1 to 1.5 times as large as that: Ray cuts larger ones and joins smaller ones at odd row counts, and each
+    window then leaves a small one behind.
+    """
+
+    block_rows: int
+    window_rows: int
+    block_mib: int
+
+
+# A window is sorted by length and keeps the decoder full: the larger the better, as far as memory goes. A row is 0.16 MB
+# where the GPU decodes most images, 0.15 as pixels, 0.5 as a frame, 0.6 KB without an image.
+_SIZES = {"gpu": _Size(512, 4_096, 64), "fast": _Size(512, 4_096, 64), "exact": _Size(128, 1_024, 48)}
+_PLAIN = _Size(4_096, 8_192, 2)
+_CPU_MIB = 16
 _CPU_ROWS = 256
 _MIN_BLOCK = 32
 
@@ -127,13 +141,11 @@ def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: Deco
     """Rows and bytes between the stages; a small run is cut into several blocks a worker, so that all of them work."""
     if not pools.gpus_per_actor:
         rows_a_time = config.batch.rows or _CPU_ROWS
-        return Flow(rows_a_time, rows_a_time, 1, 16 * _MIB)
-    block, window = _PLAIN_BLOCK, _PLAIN_WINDOW
-    if spec.image:
-        block, window = (_FRAME_BLOCK, _FRAME_WINDOW) if decode.mode == "exact" else (_IMAGE_BLOCK, _IMAGE_WINDOW)
+        return Flow(rows_a_time, rows_a_time, 1, _CPU_MIB * _MIB)
+    size = _SIZES[decode.mode] if spec.image else _PLAIN
     share = rows // (4 * pools.feature_workers)
-    block = max(_MIN_BLOCK, min(block, 1 << max(0, share.bit_length() - 1)))
+    block = max(_MIN_BLOCK, min(size.block_rows, 1 << max(0, share.bit_length() - 1)))
     # A few windows at least, so that one is prepared while another is scored.
-    window = max(block, config.batch.rows or 0, min(window, rows // 4))
+    window = max(block, config.batch.rows or 0, min(size.window_rows, rows // 4))
     # Two calls: while one is in the forward, the next one's images are decoded and copied.
-    return Flow(block, window, 2, 64 * _MIB)
+    return Flow(block, window, 2, size.block_mib * _MIB)

@@ -4,6 +4,7 @@ Owns the scoring actor's half of the preparation and its stream, so that it over
 """
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class Staged:
 
     batches: Sequence[Batch]
     bad: dict[int, BadImageError]
+    seconds: float
 
 
 class Staging:
@@ -76,6 +78,7 @@ class Staging:
     def stage(self, table: pa.Table) -> Staged:
         """The table's rows that carry no reason, ready for `Engine.submit`."""
         with self._lock:
+            start = time.perf_counter()
             images, bad = self._load_images(table)
             is_usable = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False).copy()
             is_usable[list(bad)] = False
@@ -85,7 +88,8 @@ class Staging:
             chosen = small if len(usable) == table.num_rows else small.take(pa.array(usable))
             model = self._spec.image_models[0] if images is not None else None
             cut = micro_batches(chosen, self._spec, self.max_rows, self._shapes, self._max_tokens)
-            return Staged([Batch(usable[places], arrays, images, model) for places, arrays in cut], bad)
+            batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
+            return Staged(batches, bad, time.perf_counter() - start)
 
     def _load_images(self, table: pa.Table) -> tuple[DeviceImages | None, dict[int, BadImageError]]:
         if self._images is None:

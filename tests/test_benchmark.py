@@ -12,11 +12,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import bench_pipeline
 from jobs.bench_data import GROUP_ROWS, Recipe, make_cut, repeat_cut
 from jobs.bench_document import failures, open_document, ratios
 from jobs.bench_pipeline import LEVERS, chosen_parts
 from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
-from jobs.bench_setup import Request
+from jobs.bench_setup import Bench, Request
 from jobs.bench_watch import GpuProbe, process_kind, watch
 from scoring.config import ScoreConfig, load_config
 from scoring.errors import ConfigError
@@ -214,6 +215,26 @@ def test_every_lever_is_a_configuration_that_loads(tmp_path: Path) -> None:
         overrides = [f"{key}={value}" for key, value in lever.settings.items()]
         assert isinstance(load_config(file=None, flags=flags, overrides=overrides, cwd=tmp_path), ScoreConfig)
     assert len({lever.name for lever in LEVERS}) == len(LEVERS) >= 7
+
+
+def test_levers_go_on_where_they_were_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def measure(job: Any, *_: object, **__: object) -> dict[str, Any]:
+        measured.append(str(job))
+        return {"rows_per_s": float(len(measured))}
+
+    monkeypatch.setattr(bench_pipeline, "measure_score", measure)
+    monkeypatch.setattr(Bench, "job", lambda _, settings: settings)
+    kept: dict[str, Any] = {"levers": {"levers": {LEVERS[0].name: {"rows_per_s": 7.0}}}}
+    bench = Bench(Request(tmp_path), HEAD, kept, kept.__setitem__)
+    levers = bench_pipeline.PARTS["levers"](bench)["levers"]
+    assert list(levers) == [lever.name for lever in LEVERS]
+    assert levers[LEVERS[0].name] == {"rows_per_s": 7.0}
+    assert len(measured) == len(LEVERS) - 1
+    assert kept["levers"]["levers"] == levers, "each is kept at once"
+    bench_pipeline.PARTS["levers"](bench)
+    assert len(measured) == 2 * len(LEVERS) - 1, "with all there, all are measured anew"
 
 
 def test_processes_are_told_apart_by_their_titles() -> None:

@@ -1,0 +1,86 @@
+"""Sizes from the cluster's resources; explicit numbers win."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scoring.config import ScoreConfig, load_config
+from scoring.decoding import DecodePlan
+from scoring.sizing import Pools, cpu_share, plan_decode, size_flow, size_pools
+from scoring.spec import FeatureSpec, ImageColumn, ImageModel
+
+H100: Mapping[str, float] = {"CPU": 16.0, "GPU": 1.0}
+LAPTOP: Mapping[str, float] = {"CPU": 2.0}
+IMAGE = ImageModel("image", 224, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 1)
+COLUMN = ImageColumn("Images", "image_path")
+SPEC = FeatureSpec("y", "binary", (0, 1), (), (), (), (COLUMN,), (), (), (), (IMAGE,), False)
+PLAIN = replace(SPEC, image=(), image_models=())
+
+
+def config(tmp_path: Path, *settings: str) -> ScoreConfig:
+    flags = {"input.paths": ["data"], "predictor.path": "predictor", "output.path": "out"}
+    return load_config(file=None, flags=flags, overrides=settings, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("resources", [LAPTOP, H100, {"CPU": 1.0}, {"CPU": 64.0, "GPU": 4.0}, {"CPU": 48.0}])
+def test_pools_leave_room_for_a_read_and_a_write(tmp_path: Path, resources: Mapping[str, float]) -> None:
+    pools = size_pools(config(tmp_path), resources)
+    held = pools.scoring_actors * pools.scoring_cpus + pools.feature_workers * pools.feature_cpus
+    assert held <= resources["CPU"] - 0.5
+    assert pools.scoring_actors * pools.gpus_per_actor == resources.get("GPU", 0.0)
+
+
+def test_explicit_numbers_win(tmp_path: Path) -> None:
+    settings = ("resources.cpus=4", "resources.gpus=0.5", "resources.actors=2", "batch.rows=6000")
+    pools = size_pools(config(tmp_path, *settings), H100)
+    assert (pools.scoring_actors, pools.gpus_per_actor, pools.feature_workers) == (2, 0.5, 3)
+    assert size_flow(config(tmp_path, *settings), SPEC, pools, DecodePlan("gpu"), 10**6).window_rows == 6000
+    assert size_pools(config(tmp_path, "resources.gpus=0"), H100).gpus_per_actor == 0
+
+
+def test_auto_takes_the_gpus_decoder_where_it_is_and_exact_pixels_elsewhere(tmp_path: Path) -> None:
+    pools, without = size_pools(config(tmp_path), H100), size_pools(config(tmp_path), LAPTOP)
+    auto = config(tmp_path)
+    assert plan_decode(auto, SPEC, pools, has_decoder=True).mode == "gpu"
+    assert plan_decode(auto, SPEC, pools, has_decoder=False) == DecodePlan("exact", resizes_on_gpu=True)
+    assert plan_decode(auto, SPEC, without, has_decoder=False) == DecodePlan("exact")
+    assert plan_decode(config(tmp_path, "images.decode=fast"), SPEC, pools, has_decoder=True) == DecodePlan("fast")
+    assert plan_decode(config(tmp_path, "images.decode=gpu"), PLAIN, without, has_decoder=False) == DecodePlan()
+
+
+def test_pictures_that_only_pillow_can_transform_stay_on_the_cores(tmp_path: Path) -> None:
+    crop = replace(SPEC, image_models=(replace(IMAGE, transforms=("center_crop",)),))
+    two = replace(SPEC, image_models=(IMAGE, replace(IMAGE, prefix="other")))
+    pools = size_pools(config(tmp_path), H100)
+    for spec in (crop, two):
+        assert plan_decode(config(tmp_path), spec, pools, has_decoder=True) == DecodePlan("exact")
+        with pytest.raises(ValueError, match="this predictor's images need the exact way"):
+            plan_decode(config(tmp_path, "images.decode=gpu"), spec, pools, has_decoder=True)
+
+
+def test_a_named_decoder_that_is_missing_is_refused_with_the_next_step(tmp_path: Path) -> None:
+    named = config(tmp_path, "images.decode=gpu")
+    with pytest.raises(ValueError, match=r"install multimodal-scorer\[gpu-images\]"):
+        plan_decode(named, SPEC, size_pools(named, H100), has_decoder=False)
+    with pytest.raises(ValueError, match="no GPU is used"):
+        plan_decode(named, SPEC, size_pools(named, LAPTOP), has_decoder=False)
+
+
+def test_few_cores_decode_nothing_and_many_a_share(tmp_path: Path) -> None:
+    def share(cores: int) -> float:
+        return cpu_share(Pools(1, 1.0, 0.0, cores, 1.0, 1))
+
+    assert share(3) == 0.0
+    assert 0.1 < share(15) < share(60) < 1.0
+
+
+def test_a_small_run_is_cut_into_blocks_for_every_worker(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), H100)
+    flow = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 2_000)
+    assert 2_000 / flow.block_rows >= 2 * pools.feature_workers
+    assert flow.window_rows <= 500
+    large = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6)
+    assert (large.block_rows, large.window_rows) == (512, 4096)
+    assert size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6).block_rows == 4096
