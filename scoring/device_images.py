@@ -5,6 +5,7 @@ what an engine takes, uint8 pixels. The caller's stream does the work, so that i
 """
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,11 +72,13 @@ class ImageStage:
         self._device = torch.device(device)
         self._max_pixels = max_pixels
         self._decoder = HardwareDecoder() if decodes else None
+        self._decoding = threading.Lock()
 
     def load(self, table: pa.Table) -> tuple[DeviceImages, dict[int, BadImageError]]:
         """The table's images on the device, and the rows with one that cannot be decoded after all.
 
-        Works on the current stream and waits for it at the end, so that any other stream may read the result.
+        Works on the current stream and waits for it at the end, so that any other stream may read the result. Threads take
+        turns at the decoder; what comes before and after it they do side by side.
         """
         import torch
 
@@ -85,11 +88,13 @@ class ImageStage:
         pixels[-1].zero_()
         shipped = [image for image in images if image.form != ENCODED]
         encoded = [image for image in images if image.form == ENCODED]
+        held = [self._upload(shipped, pixels)]
+        failed: list[_Image] = []
+        with self._decoding:
+            for start in range(0, len(encoded), _DECODED_AT_ONCE):
+                failed += self._decode(encoded[start : start + _DECODED_AT_ONCE], pixels)
         bad: dict[int, BadImageError] = {}
-        for start in range(0, len(encoded), _DECODED_AT_ONCE):
-            failed = self._decode(encoded[start : start + _DECODED_AT_ONCE], pixels)
-            shipped += self._decode_exactly(failed, bad)
-        held = self._upload(shipped, pixels)
+        held.append(self._upload(self._decode_exactly(failed, bad), pixels))
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         del held

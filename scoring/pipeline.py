@@ -396,7 +396,7 @@ def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFold
         },
         batch_size=flow.window_rows,
         batch_format="pyarrow",
-        # Two calls at once are safe: the scorer has a lock a stage (see `scorer.py`).
+        # Several calls at once are safe: the scorer has a lock a stage (see `scorer.py`).
         compute=ActorPoolStrategy(size=pools.scoring_actors, enable_true_multi_threading=flow.calls > 1),
         num_cpus=pools.scoring_cpus,
         num_gpus=pools.gpus_per_actor or None,

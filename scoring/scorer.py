@@ -67,7 +67,7 @@ class ActorSetup:
 class Scorer:
     """Loads the predictor in `folder` and scores tables with it, in micro-batches sorted by token count.
 
-    `score` may be called from two threads: while one table is in the forward, the next one's images are prepared.
+    `score` may be called from several threads: while one table is in the forward, the next ones' images are prepared.
     """
 
     def __init__(self, folder: Path, spec: FeatureSpec, config: ScoreConfig, setup: ActorSetup) -> None:

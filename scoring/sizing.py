@@ -39,6 +39,8 @@ class _Size:
 _SIZES = {"gpu": _Size(512, 4_096, 64), "fast": _Size(512, 4_096, 64), "exact": _Size(128, 1_024, 48)}
 _PLAIN = _Size(4_096, 8_192, 2)
 _CPU_MIB = 16
+# One window in the forward, one at the decoder, one being copied and cut.
+_GPU_CALLS = 3
 _CPU_ROWS = 256
 _MIN_BLOCK = 32
 
@@ -147,5 +149,4 @@ def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: Deco
     block = max(_MIN_BLOCK, min(size.block_rows, 1 << max(0, share.bit_length() - 1)))
     # A few windows at least, so that one is prepared while another is scored.
     window = max(block, config.batch.rows or 0, min(size.window_rows, rows // 4))
-    # Two calls: while one is in the forward, the next one's images are decoded and copied.
-    return Flow(block, window, 2, size.block_mib * _MIB)
+    return Flow(block, window, _GPU_CALLS, size.block_mib * _MIB)

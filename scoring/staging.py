@@ -53,10 +53,11 @@ class Staged:
     batches: Sequence[Batch]
     bad: dict[int, BadImageError]
     seconds: float
+    """How long it took, a turn at the decoder awaited included."""
 
 
 class Staging:
-    """Stages tables, one at a time, from any thread."""
+    """Stages tables, from any thread; each has a stream of its own."""
 
     def __init__(self, spec: FeatureSpec, config: ScoreConfig, decode: DecodePlan, *, on_gpu: bool) -> None:
         self._spec = spec
@@ -64,37 +65,34 @@ class Staging:
         self.max_rows = config.batch.rows or (GPU_ROWS if on_gpu else _CPU_ROWS)
         self._max_tokens = config.batch.tokens or (_GPU_TOKENS if on_gpu else None)
         self._shapes = Shapes.of(spec, self.max_rows) if on_gpu else None
-        self._lock = threading.Lock()
-        self._stream: Any = None
+        self._own = threading.local()
         self._images: ImageStage | None = None
         if on_gpu and spec.image and len(spec.image_models) == 1:
-            import torch
-
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._images = ImageStage(
                 spec.image_models[0], CUDA, decodes=decode.mode == "gpu", max_pixels=config.images.max_pixels
             )
 
     def stage(self, table: pa.Table) -> Staged:
         """The table's rows that carry no reason, ready for `Engine.submit`."""
-        with self._lock:
-            start = time.perf_counter()
-            images, bad = self._load_images(table)
-            is_usable = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False).copy()
-            is_usable[list(bad)] = False
-            usable = np.flatnonzero(is_usable)
-            small = without_images(table) if images is not None else table
-            # Taking every row would copy the images.
-            chosen = small if len(usable) == table.num_rows else small.take(pa.array(usable))
-            model = self._spec.image_models[0] if images is not None else None
-            cut = micro_batches(chosen, self._spec, self.max_rows, self._shapes, self._max_tokens)
-            batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
-            return Staged(batches, bad, time.perf_counter() - start)
+        start = time.perf_counter()
+        images, bad = self._load_images(table)
+        is_usable = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False).copy()
+        is_usable[list(bad)] = False
+        usable = np.flatnonzero(is_usable)
+        small = without_images(table) if images is not None else table
+        # Taking every row would copy the images.
+        chosen = small if len(usable) == table.num_rows else small.take(pa.array(usable))
+        model = self._spec.image_models[0] if images is not None else None
+        cut = micro_batches(chosen, self._spec, self.max_rows, self._shapes, self._max_tokens)
+        batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
+        return Staged(batches, bad, time.perf_counter() - start)
 
     def _load_images(self, table: pa.Table) -> tuple[DeviceImages | None, dict[int, BadImageError]]:
         if self._images is None:
             return None, {}
         import torch
 
-        with torch.cuda.stream(self._stream):
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._own.stream):
             return self._images.load(table)

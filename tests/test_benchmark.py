@@ -32,16 +32,16 @@ def test_quick_comparison_accounts_for_every_row_and_agrees_with_predict_proba(t
     document = json.loads(done.stdout.strip().splitlines()[-1])
     assert document == json.loads((tmp_path / "pipeline.json").read_text())
     parts = document["parts"]
-    assert {name: entry["rows"] for name, entry in parts.items()} == dict.fromkeys(("A", "D-exact", "L", "P"), 384)
+    assert {name: entry["rows"] for name, entry in parts.items()} == dict.fromkeys(("A", "D-exact", "L", "P"), 256)
     assert all(entry["rows_per_s"] > 0 for entry in parts.values())
     ours = parts["D-exact"]
     assert ours["is_accounted"]
-    assert (ours["rows_scored"], ours["rows_quarantined"]) == (384, 0)
-    assert ours["rows_compared"] == 384
+    assert (ours["rows_scored"], ours["rows_quarantined"]) == (256, 0)
+    assert ours["rows_compared"] == 256
     assert ours["max_abs_diff"] <= 1e-4
     assert ours["flips"] == 0
     assert {"driver", "feature workers", "scoring actors"} <= set(ours["memory"])
-    assert sum(actor["rows"] for actor in ours["actors"]) == 384
+    assert sum(actor["rows"] for actor in ours["actors"]) == 256
     assert 0 < ours["ready_s"] < ours["first_score_s"] < ours["wall_s"]
     assert {"D/A", "D/min(L,P)"} <= set(document["ratios"]["D-exact"])
     assert (tmp_path / "pipeline.png").stat().st_size > 0
@@ -156,7 +156,7 @@ def test_steady_rate_leaves_out_the_start_and_the_end() -> None:
     # 10 rows/s but for a slow start and a slow end.
     landed = [(100.0 + i, 10.0 * i) for i in range(1, 10)] + [(200.0, 100.0)]
     assert steady_rate(landed) == pytest.approx(10)
-    assert steady_rate([(5.0, 384.0)]) is None, "one part says nothing"
+    assert steady_rate([(5.0, 256.0)]) is None, "one part says nothing"
     assert steady_rate([]) is None
     assert steady_rate([(1.0, 50.0), (1.0, 60.0), (2.0, 100.0)]) is None, "points of one moment have no rate"
 
