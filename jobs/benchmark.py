@@ -2,9 +2,10 @@
 
     python -m jobs.benchmark forward  [--quick] [--output DIR]
     python -m jobs.benchmark tutorial [--quick] [--output DIR]
+    python -m jobs.benchmark pipeline [--quick] [--output DIR] [--only A,D-exact,...] [--rows N] [--repeats N]
 
-A table for people, and one JSON document as the last line. Figures are ratios within one run on one machine; nothing here
-is asserted in a test.
+A table for people, and one JSON document as the last line. Figures are ratios within one run on one machine; no speed is
+asserted anywhere.
 """
 
 import json
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "onnxruntime-gpu", "onnx", "transformers", "timm", "autogluon.multimodal", "ray", "pyarrow")
 _REPEATS = 3
+_QUEUED = 8
 
 Quick = Annotated[bool, typer.Option(help="Small models, few rows: minutes on two cores.")]
 Output = Annotated[
@@ -57,18 +59,27 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def measure(step: Callable[[], object], rows: int, *, seconds: float, finish: Callable[[], object]) -> dict[str, float]:
-    """Median and spread of rows/s over three timed stretches; `finish` waits for the device."""
-    for _ in range(3):
+def measure(
+    step: Callable[[], object],
+    rows: int,
+    *,
+    seconds: float,
+    finish: Callable[[], object],
+    repeats: int = _REPEATS,
+    warm_ups: int = 3,
+) -> dict[str, float]:
+    """Median and spread of rows/s over timed stretches; `finish` waits for the device."""
+    for _ in range(warm_ups):
         step()
     finish()
     rates = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
-            step()
-            count += 1
-            # A queue of kernels would let the clock run ahead of the device.
+            # Some in a queue, as a run has them; an endless one would let the clock run ahead of the device.
+            for _ in range(_QUEUED):
+                step()
+            count += _QUEUED
             finish()
         rates.append(rows * count / (time.perf_counter() - start))
     return {"rows_per_s": round(statistics.median(rates), 1), "min": round(min(rates), 1), "max": round(max(rates), 1)}
@@ -80,7 +91,12 @@ def benchmark() -> None:
 
 
 @app.command()
-def forward(quick: Quick = False, output: Output = None, models: Models = None) -> None:
+def forward(
+    quick: Quick = False,
+    output: Output = None,
+    models: Models = None,
+    only: Annotated[str | None, typer.Option(help="Engines to measure, by commas, as the table names them.")] = None,
+) -> None:
     """The network alone, inputs on the device: rows/s of every engine at every token count, beside upstream's ways."""
     import torch
 
@@ -104,7 +120,7 @@ def forward(quick: Quick = False, output: Output = None, models: Models = None) 
     )
     results = [
         result
-        for name, run in _forward_engines(request)
+        for name, run in _forward_engines(request, only)
         for result in _measure_forward(name, run, request, rows, tokens, seconds)
     ]
     document = {**describe_machine(), "command": "forward", "quick": quick, "rows": rows, "results": results}
@@ -112,8 +128,9 @@ def forward(quick: Quick = False, output: Output = None, models: Models = None) 
     _finish(document, folder, "forward.json")
 
 
-def _forward_engines(request: Any) -> Iterator[tuple[str, Any]]:
-    """Every way to run the network here: ours by provider and precision, and what upstream does or would do."""
+def _forward_engines(request: Any, only: str | None) -> Iterator[tuple[str, Any]]:
+    """Every way to run the network here, or those of `only`: ours by provider and precision, and what upstream does or
+    would do."""
     from scoring.engines.base import EngineUnavailable
     from scoring.engines.build import build_compiled, build_engine, has_gpu
 
@@ -132,7 +149,10 @@ def _forward_engines(request: Any) -> Iterator[tuple[str, Any]]:
         ]
     else:
         ways.append(("cpu fp32", lambda: build_engine(request, "cpu", "fp32")[0]))
+    wanted = {name.strip() for name in only.split(",")} if only else {name for name, _ in ways}
     for name, build in ways:
+        if name not in wanted:
+            continue
         start = time.perf_counter()
         try:
             engine = build()
@@ -316,6 +336,42 @@ def _draw_tutorial(results: list[dict[str, Any]], engine: str, folder: Path) -> 
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "tutorial.png", dpi=120)
+
+
+@app.command()
+def pipeline(
+    quick: Quick = False,
+    output: Output = None,
+    models: Models = None,
+    rows: Annotated[int | None, typer.Option(min=64, help="Rows of ours (default 300,000 with a GPU).")] = None,
+    only: Annotated[str | None, typer.Option(help="Parts to measure, by commas; the others are kept.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each part (default 3; quick: 1).")] = None,
+) -> None:
+    """The whole job beside `predict_proba`, tuned and in Ray, and its two limits: forward alone, preprocessing alone."""
+    _set_up()
+    from jobs.bench_chart import draw, print_results
+    from jobs.bench_document import failures
+    from jobs.bench_pipeline import chosen_parts, run_parts
+    from jobs.bench_setup import Request
+    from scoring.errors import ConfigError
+
+    folder = output or Path(tempfile.mkdtemp(prefix="benchmark-"))
+    names = tuple(name.strip() for name in (only or "").split(",") if name.strip())
+    request = Request(folder, models, quick, rows, names, repeats)
+    try:
+        measured = chosen_parts(request)
+        document = run_parts(request, describe_machine())
+    except ConfigError as error:
+        console.print(f"[red]{error}[/]", soft_wrap=True)
+        raise typer.Exit(ConfigError.exit_code) from error
+    print_results(document, console)
+    for path in draw(document, folder):
+        console.print(f"written: {path}", soft_wrap=True)
+    problems = failures(document, measured)
+    for problem in problems:
+        console.print(f"[red]{problem}[/]", soft_wrap=True)
+    _finish(document, folder, "pipeline.json")
+    raise typer.Exit(1 if problems else 0)
 
 
 def _set_up() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from scoring.engines.build import has_gpu
 from scoring.parity import Scores
 from scoring.spec import FeatureSpec
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from autogluon.multimodal import MultiModalPredictor
 
-# realtime=True makes one batch of the whole frame; 64 rows of 224 x 224 need 1 GB on the way through a network in fp32.
-_ROWS = 64
+# realtime=True makes one batch of the whole frame; 64 rows of 224 x 224 need 1 GB on the way through a network in fp32. A GPU
+# has it, and each call opens 64 images to find out what they are.
+_CPU_ROWS, _GPU_ROWS = 64, 256
 
 
 def upstream_scores(predictor: "MultiModalPredictor", spec: FeatureSpec, raw: pa.Table) -> Scores:
@@ -31,7 +33,8 @@ def upstream_scores(predictor: "MultiModalPredictor", spec: FeatureSpec, raw: pa
     """
     with tempfile.TemporaryDirectory(prefix="reference-") as folder, _in_fp32(predictor):
         frame = _as_frame(raw, spec, Path(folder))
-        chunks = [frame.iloc[start : start + _ROWS].reset_index(drop=True) for start in range(0, len(frame), _ROWS)]
+        size = _GPU_ROWS if has_gpu() else _CPU_ROWS
+        chunks = [frame.iloc[start : start + size].reset_index(drop=True) for start in range(0, len(frame), size)]
         return np.concatenate([_score(predictor, spec, chunk) for chunk in chunks])
 
 

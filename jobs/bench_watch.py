@@ -1,0 +1,245 @@
+"""Watches a command from outside while it runs: parts as they land, GPU busy share, memory by kind of process, spilling.
+
+Owns the sampling and the arithmetic on its series. The command gets a Ray of its own (a temporary folder for its sockets and
+logs, no RAY_ADDRESS), so that its processes are its children and its logs are read afterwards. Knows nothing of peers.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from jobs.bench_series import Series
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.1
+# Walking the process tree costs some ms: five ticks apart.
+_TREE_TICKS = 5
+_MIB = 2**20
+# Parts of command lines, titles that Ray gives its workers among them -> what the tables call them; the first match counts.
+_KINDS = (
+    ("FeatureWorker", "feature workers"),
+    ("ScoringActor", "scoring actors"),
+    ("PredictProba", "predict_proba actors"),
+    ("ray::", "other ray workers"),
+    ("/ray/", "ray system"),
+)
+_ACTOR_LOADED = re.compile(r"^(\S+ \S+) \w+ score actor=(\w+) (load_s=.*)$", re.MULTILINE)
+_PHASE = re.compile(r"(\w+_s)=([\d.]+)")
+_ACTOR_FINAL = re.compile(r"score actor=(\w+) provider=(\S+) rows=(\d+) rows_per_s=(\d+) .*final=true")
+_SPILLED = re.compile(r"Spilled (\d+) MiB")
+
+
+@dataclass
+class Watched:
+    """A command as it ended and what was seen of it. `summary` is its last line on standard output, a JSON document."""
+
+    code: int
+    wall_s: float
+    summary: Mapping[str, Any]
+    tail: str
+    landed: Series = field(default_factory=list)
+    gpu_busy: Series = field(default_factory=list)
+    jpeg_busy: Series = field(default_factory=list)
+    gpu_memory_mib: float = 0.0
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    spilled_mib: float = 0.0
+    loaded: list[dict[str, Any]] = field(default_factory=list)
+    actors: list[dict[str, Any]] = field(default_factory=list)
+
+
+def watch(command: Sequence[str], output: Path, *, timeout_s: float, environment: Mapping[str, str]) -> Watched:
+    """Run the command to its end, sampling; `output` is where parts land. Kills it and its children after `timeout_s`."""
+    # Not below `output`: a Unix socket's path has 107 characters at most.
+    ray_folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
+    own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    own |= {"RAY_TMPDIR": str(ray_folder), **environment}
+    started_at, start = time.time(), time.perf_counter()
+    with (ray_folder / "stdout").open("w") as stdout, (ray_folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=own)
+        samples = _Samples(psutil.Process(process.pid), output, ray_folder, start)
+        try:
+            while process.poll() is None and time.perf_counter() - start < timeout_s:
+                samples.take()
+                time.sleep(_TICK_S)
+        finally:
+            if process.poll() is None:
+                logger.warning(
+                    "stopping process %d (%s) after %.0f s", process.pid, command[0], time.perf_counter() - start
+                )
+                _kill(process)
+    wall_s = time.perf_counter() - start
+    samples.take_parts()
+    lines = (ray_folder / "stdout").read_text(errors="replace").strip().splitlines()
+    summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    watched = Watched(process.returncode, wall_s, summary, (ray_folder / "stderr").read_text(errors="replace")[-4000:])
+    samples.fill(watched)
+    _read_logs(ray_folder / "ray" / "session_latest" / "logs", started_at, watched)
+    shutil.rmtree(ray_folder, ignore_errors=True)
+    return watched
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """The process and its children, the raylet's workers among them: these alone."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=10)[1]:
+        child.kill()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class _Samples:
+    """What is sampled while the command runs."""
+
+    def __init__(self, root: psutil.Process, output: Path, ray_folder: Path, start: float) -> None:
+        self._root, self._output, self._ray_folder, self._start = root, output, ray_folder, start
+        self._probe = GpuProbe()
+        self._ticks = 0
+        self._seen: set[Path] = set()
+        self._rows = 0
+        self._landed: Series = []
+        self._memory: dict[str, dict[str, float]] = {}
+        self._spilled = 0.0
+
+    def take(self) -> None:
+        self._probe.take(time.perf_counter() - self._start)
+        self.take_parts()
+        if self._ticks % _TREE_TICKS == 0:
+            self._take_memory()
+            self._spilled = max(self._spilled, _folder_mib(self._ray_folder / "ray" / "session_latest"))
+        self._ticks += 1
+
+    def take_parts(self) -> None:
+        """Count the rows of parts that are new, scored and quarantined ones."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        new = 0
+        for path in self._output.glob("runs/*/[sq]*/part-*.parquet"):
+            if path in self._seen:
+                continue
+            try:
+                new += pq.read_metadata(path).num_rows
+            except (OSError, pa.ArrowInvalid):
+                continue  # still being written: the next tick sees it whole
+            self._seen.add(path)
+        if new:
+            self._rows += new
+            self._landed.append((round(time.perf_counter() - self._start, 3), self._rows))
+
+    def _take_memory(self) -> None:
+        sums: dict[str, list[float]] = {}
+        try:
+            processes = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in processes:
+            try:
+                title = " ".join(process.cmdline())
+                memory = process.memory_info()
+            except psutil.Error:
+                continue
+            if not title:
+                continue  # it has ended, and its parent has not looked yet
+            kind = "driver" if process.pid == self._root.pid else process_kind(title)
+            # Shared pages are mostly the object store's, counted in every process that read from it.
+            private = memory.rss - getattr(memory, "shared", 0)
+            sums.setdefault(kind, []).append(private / _MIB)
+            self._keep(kind, "peak_mib", memory.rss / _MIB)
+            self._keep(kind, "peak_private_mib", private / _MIB)
+        for kind, values in sums.items():
+            self._keep(kind, "num", len(values))
+            self._keep(kind, "peak_private_all_mib", sum(values))
+
+    def _keep(self, kind: str, name: str, value: float) -> None:
+        peaks = self._memory.setdefault(kind, {})
+        peaks[name] = max(peaks.get(name, 0.0), round(value, 1))
+
+    def fill(self, watched: Watched) -> None:
+        watched.landed = self._landed
+        watched.gpu_busy, watched.jpeg_busy = self._probe.busy, self._probe.jpeg
+        watched.gpu_memory_mib = round(self._probe.peak_mib, 1)
+        watched.memory = self._memory
+        watched.spilled_mib = self._spilled
+
+
+def process_kind(title: str) -> str:
+    """What the tables call a process with that command line."""
+    return next((kind for part, kind in _KINDS if part in title), "other")
+
+
+class GpuProbe:
+    """The driver's own figures, where its library is installed and there is a GPU: busy share of all GPUs, their memory."""
+
+    def __init__(self) -> None:
+        self.busy: Series = []
+        self.jpeg: Series = []
+        self.peak_mib = 0.0
+        self._handles: list[Any] = []
+        try:
+            import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+            pynvml.nvmlInit()
+            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        except Exception as error:  # a missing package, library or driver: the figures are absent then
+            logger.info("GPU busy share is not measured: %s", error)
+
+    def take(self, seconds: float) -> None:
+        if not self._handles:
+            return
+        import pynvml
+
+        at = round(seconds, 2)
+        rates = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self._handles]
+        self.busy.append((at, statistics.mean(rates)))
+        used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self._handles)
+        self.peak_mib = max(self.peak_mib, used / _MIB)
+        try:
+            jpeg = [pynvml.nvmlDeviceGetJpgUtilization(handle)[0] for handle in self._handles]
+        except (AttributeError, pynvml.NVMLError):
+            return  # an older driver, or a GPU without JPEG engines
+        self.jpeg.append((at, statistics.mean(jpeg)))
+
+
+def _folder_mib(session: Path) -> float:
+    """What lies in the session's spill folders now."""
+    total = 0
+    for path in session.glob("ray_spilled_objects*/*"):
+        with suppress(OSError):  # Ray removes them as it reads them back
+            total += path.stat().st_size
+    return round(total / _MIB, 1)
+
+
+def _read_logs(logs: Path, started_at: float, watched: Watched) -> None:
+    """The scoring actors' own lines (the driver's copy may be cut off), and the raylet's count of what it spilled."""
+    text = "\n".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
+    for stamp, actor, phases in _ACTOR_LOADED.findall(text):
+        ready = datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp() - started_at
+        seconds = {name: float(value) for name, value in _PHASE.findall(phases)}
+        watched.loaded.append({"actor": actor, "ready_s": round(ready, 1), **seconds})
+    for actor, provider, rows, rate in _ACTOR_FINAL.findall(text):
+        watched.actors.append({"actor": actor, "provider": provider, "rows": int(rows), "rows_per_s": int(rate)})
+    for path in logs.glob("raylet*"):
+        spilled = [float(mib) for mib in _SPILLED.findall(path.read_text(errors="replace"))]
+        watched.spilled_mib = max([watched.spilled_mib, *spilled])
