@@ -574,7 +574,9 @@ def test_setting_that_does_not_decide_scores_keeps_the_fingerprint(tmp_path: Pat
 
 def test_places_keep_the_fingerprint_when_their_content_is_the_same(tmp_path: Path) -> None:
     flags = {"input.paths": ["data/*.parquet"], "predictor.path": "copy", "output.path": "other"}
-    moved = fingerprint(load(tmp_path, flags=flags), predictor_hash="abc", listing=FILES[::-1], scores_version=SCORES_VERSION)
+    moved = fingerprint(
+        load(tmp_path, flags=flags), predictor_hash="abc", listing=FILES[::-1], scores_version=SCORES_VERSION
+    )
     assert moved == printed(tmp_path)
 
 
