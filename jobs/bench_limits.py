@@ -127,7 +127,7 @@ def measure_feature_limit(job: ScoreJob) -> Entry:
     document = watched.summary
     landed = [(at, rows) for at, rows in document["landed"]]
     steady = steady_rate(landed)
-    # A small run's rows pass in a lump: the workers' own time says what they can do.
+    # A small run's rows pass in a lump: the workers' own time says what they can do (on a GPU it is one of two limits).
     by_busy = document["rows"] * document["workers"] / document["busy_s"] if document["busy_s"] else 0.0
     return {
         "rows": document["rows"],
@@ -141,8 +141,42 @@ def measure_feature_limit(job: ScoreJob) -> Entry:
     }
 
 
+class StagingOnly:
+    """A scoring actor's half of the preparation: images decoded and resized on the GPU, batches cut; nothing is scored."""
+
+    def __init__(self, spec_json: str, config: Any, decode: Any) -> None:
+        from scoring.spec import FeatureSpec
+        from scoring.staging import Staging
+
+        self._staging = Staging(FeatureSpec.from_json(spec_json), config, decode, on_gpu=True)
+
+    def __call__(self, table: Any) -> Any:
+        from scoring.columns import SOURCE_ROW
+
+        self._staging.stage(table)
+        return table.select([SOURCE_ROW])
+
+
+def _stage_features(dataset: Any, plan: Any) -> Any:
+    """What `pipeline.score_features` does less the forward."""
+    from ray.data import ActorPoolStrategy
+
+    flow, pools = plan.flow, plan.pools
+    return dataset.map_batches(
+        StagingOnly,
+        fn_constructor_kwargs={"spec_json": plan.spec.to_json(), "config": plan.config, "decode": plan.decode},
+        batch_size=flow.window_rows,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=pools.scoring_actors, enable_true_multi_threading=True),
+        num_cpus=0,
+        num_gpus=pools.gpus_per_actor,
+        max_concurrency=flow.calls,
+        udf_modifying_row_count=False,
+    )
+
+
 def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entry:
-    """Read and prepare every row of a configuration, as `pipeline.py` does, and count what comes out."""
+    """Read and prepare every row of a configuration, as `pipeline.py` does, the GPU's part included; count the rows."""
     import ray
 
     from scoring.config import load_config
@@ -157,6 +191,8 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
     config = load_config(file=None, flags=flags, overrides=overrides, cwd=Path.cwd())
     plan = prepare(config, Timings(), start_ray)
     dataset = read_features(plan, AttemptFolder(plan.run.uri, "features-only"))
+    if plan.pools.gpus_per_actor:
+        dataset = _stage_features(dataset, plan)
     counter = counting_sink()
     dataset.write_datasink(counter, ray_remote_args={"num_cpus": IO_CPUS})
     first = min((at for at, _ in counter.seen), default=0.0)

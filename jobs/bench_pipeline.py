@@ -6,9 +6,8 @@ Owns which parts and levers there are. How a peer, ours or a limit is measured i
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs import bench_data
@@ -31,25 +30,26 @@ _DECODES = ("exact", "fast", "gpu")
 
 @dataclass(frozen=True)
 class Lever:
-    """One change to ours: what it shows, and the settings that make it."""
+    """One thing that ours does, switched off: by settings, or by numbers of `sizing.Flow`."""
 
     name: str
-    settings: Mapping[str, object]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    flow: Mapping[str, int] = field(default_factory=dict)
 
 
 # Each against the first one, which is ours as it comes.
 LEVERS: tuple[Lever, ...] = (
-    Lever("as it comes", {}),
-    Lever("pixels exact on the CPU", {"images.decode": "exact"}),
-    Lever("pixels fast on the CPU", {"images.decode": "fast"}),
-    Lever("pixels on the GPU", {"images.decode": "gpu"}),
-    Lever("32 rows a batch", {"batch.rows": 32}),
-    Lever("512 rows a batch", {"batch.rows": 512}),
-    Lever("fp32", {"engine.precision": "fp32"}),
-    Lever("ONNX Runtime's CUDA provider alone", {"engine.provider": "cuda"}),
-    Lever("half of the cores", {"resources.cpus": max(1, (os.cpu_count() or 1) // 2)}),
-    Lever("two actors on a GPU", {"resources.gpus": 0.5, "resources.actors": 2}),
+    Lever("as it comes"),
+    Lever("split: one core prepares", {"resources.cpus": 2}),
+    Lever("decode: exact", {"images.decode": "exact"}),
+    Lever("decode: fast", {"images.decode": "fast"}),
+    Lever("bucketing: 512 rows sorted at a time", flow={"window_rows": 512}),
+    Lever("batches of 64 rows", {"batch.rows": 64}),
+    Lever("engine: eager torch", {"engine.provider": "torch"}),
+    Lever("engine: fp32", {"engine.precision": "fp32"}),
+    Lever("overlap: one window at a time", flow={"calls": 1}),
 )
+_FEW_CORES = 4
 
 
 def _measure_a(bench: Bench) -> Entry:
@@ -164,9 +164,16 @@ def _measure_levers(bench: Bench) -> Entry:
     for lever in LEVERS:
         if lever.name not in entries:
             logger.info("lever: %s", lever.name)
-            entries[lever.name] = measure_score(bench.job(lever.settings), 1, warm_up=False)
+            job = replace(bench.job(lever.settings), flow=lever.flow)
+            entries[lever.name] = measure_score(job, 1, warm_up=False)
             bench.keep("levers", {"levers": entries})
     return {"levers": {lever.name: entries[lever.name] for lever in LEVERS}}
+
+
+def _measure_few_cores(bench: Bench) -> Entry:
+    """Ours with the GPU's decoder and few cores for everything else."""
+    job = replace(bench.job({"images.decode": "gpu"}), cores=_FEW_CORES)
+    return measure_score(job, 1, warm_up=False)
 
 
 PARTS: Mapping[str, Callable[[Bench], Entry]] = {
@@ -176,6 +183,7 @@ PARTS: Mapping[str, Callable[[Bench], Entry]] = {
     **{f"D-{decode}": _measure_ours(decode) for decode in _DECODES},
     "L": _measure_l,
     "P": _measure_p,
+    "few-cores": _measure_few_cores,
     "text": _measure_text,
     "bad": _measure_bad,
     "sizes": _measure_sizes,

@@ -37,6 +37,10 @@ class ScoreJob:
     work: Path
     settings: Mapping[str, object] = field(default_factory=dict)
     num_bad: int = 0
+    flow: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of `sizing.Flow` other than its own (see `bench_flow`)."""
+    cores: int | None = None
+    """So many cores for the whole job, Ray included (None: all)."""
     expected: "pd.DataFrame | None" = None
     """Upstream's probabilities of the first rows of the first file of `inputs`, one column a class."""
 
@@ -45,11 +49,17 @@ class ScoreJob:
         return self.work / "cache"
 
     def command(self, output: Path) -> list[str]:
-        settings = {"engine.cache": self.cache, **self.settings}
+        settings: dict[str, object] = {"engine.cache": self.cache, **self.settings}
+        bound: list[str] = []
+        if self.cores:
+            settings["resources.cpus"] = self.cores
+            bound = ["taskset", "--cpu-list", f"0-{self.cores - 1}"]
         inputs = [text for path in self.inputs for text in ("--input", str(path))]
         overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
         paths = ["--predictor", str(self.predictor), "--output", str(output)]
-        return [sys.executable, "-m", "jobs.score", *inputs, *paths, *overrides]
+        changes = [f"{name}={value}" for name, value in self.flow.items()]
+        module = ["jobs.bench_flow", *changes, "--"] if changes else ["jobs.score"]
+        return [*bound, sys.executable, "-m", *module, *inputs, *paths, *overrides]
 
 
 def measure_score(job: ScoreJob, repeats: int, *, warm_up: bool) -> Entry:
@@ -100,11 +110,12 @@ def _figures(job: ScoreJob, watched: Watched) -> Entry:
     rate = watched.summary["rows_read"] / watched.wall_s
     entry: Entry = {
         "rows": watched.summary["rows_read"],
-        "settings": {key: str(value) for key, value in job.settings.items()},
+        "settings": {key: str(value) for key, value in {**job.settings, **job.flow}.items()},
+        "cores": job.cores or os.cpu_count(),
         "wall_s": watched.wall_s,
         "rows_per_s": rate,
         "steady_rows_per_s": steady,
-        "rows_per_s_per_core": (steady or rate) / (os.cpu_count() or 1),
+        "rows_per_s_per_core": (steady or rate) / (job.cores or os.cpu_count() or 1),
         "ready_s": min((actor["ready_s"] for actor in watched.loaded), default=None),
         "first_score_s": watched.landed[0][0] if watched.landed else None,
         "start_up": {"timings": watched.summary.get("timings", {}), "actors": watched.loaded},

@@ -5,7 +5,6 @@ Owns one actor's work: its engine, its micro-batches and its meter. No Ray insid
 
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -42,7 +41,6 @@ from scoring.takeover import Takeover
 logger = logging.getLogger(__name__)
 
 ENGINE_COLUMN = "engine"
-_SWITCH_S = 1e-4
 # Engines for a GPU are timed on so many rows, cut as a run's are: of 512 rows the batches are small, and all engines slow.
 _TIMED_ROWS = 2048
 
@@ -74,9 +72,6 @@ class Scorer:
         start = time.perf_counter()
         self._spec = spec
         self._setup = setup
-        # A decoder that asks for the lock at every image waited 5 ms for each while another thread was busy: 2,048 images
-        # took 19 s.
-        sys.setswitchinterval(_SWITCH_S)
         predictor = load_predictor(folder)
         on_gpu = has_gpu() and config.engine.provider != "cpu"
         try:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import bench_pipeline
+from jobs import bench_flow, bench_pipeline, score
 from jobs.bench_data import GROUP_ROWS, Recipe, make_cut, repeat_cut
 from jobs.bench_document import failures, open_document, ratios
 from jobs.bench_pipeline import LEVERS, chosen_parts
+from jobs.bench_score import ScoreJob
 from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
 from jobs.bench_setup import Bench, Request
 from jobs.bench_watch import GpuProbe, process_kind, watch
+from scoring import pipeline
 from scoring.config import ScoreConfig, load_config
+from scoring.decoding import DecodePlan
 from scoring.errors import ConfigError
+from scoring.sizing import size_pools
+from scoring.spec import FeatureSpec
 from tests.conftest import REPOSITORY
 
 
@@ -225,7 +231,7 @@ def test_levers_go_on_where_they_were_cut_off(tmp_path: Path, monkeypatch: pytes
         return {"rows_per_s": float(len(measured))}
 
     monkeypatch.setattr(bench_pipeline, "measure_score", measure)
-    monkeypatch.setattr(Bench, "job", lambda _, settings: settings)
+    monkeypatch.setattr(Bench, "job", lambda _, settings: ScoreJob((), 1, tmp_path, tmp_path, settings))
     kept: dict[str, Any] = {"levers": {"levers": {LEVERS[0].name: {"rows_per_s": 7.0}}}}
     bench = Bench(Request(tmp_path), HEAD, kept, kept.__setitem__)
     levers = bench_pipeline.PARTS["levers"](bench)["levers"]
@@ -235,6 +241,32 @@ def test_levers_go_on_where_they_were_cut_off(tmp_path: Path, monkeypatch: pytes
     assert kept["levers"]["levers"] == levers, "each is kept at once"
     bench_pipeline.PARTS["levers"](bench)
     assert len(measured) == 2 * len(LEVERS) - 1, "with all there, all are measured anew"
+
+
+def test_a_job_on_few_cores_with_other_sizes_is_still_our_command(tmp_path: Path) -> None:
+    job = ScoreJob((tmp_path,), 1, tmp_path, tmp_path, {"images.decode": "gpu"})
+    assert job.command(tmp_path)[1:3] == ["-m", "jobs.score"]
+    changed = replace(job, flow={"calls": 1}, cores=4).command(tmp_path)
+    assert changed[:3] == ["taskset", "--cpu-list", "0-3"]
+    assert changed[4:8] == ["-m", "jobs.bench_flow", "calls=1", "--"]
+    assert "resources.cpus=4" in changed
+    assert "images.decode=gpu" in changed
+
+
+def test_other_sizes_reach_the_plan_and_leave_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(score, "app", lambda args: seen.append((args, pipeline.size_flow)))  # type: ignore[attr-defined]
+    before = pipeline.size_flow  # type: ignore[attr-defined]
+    bench_flow.main(["calls=1", "window_rows=512", "--", "--dry-run"])
+    ((arguments, size_flow),) = seen
+    assert arguments == ["--dry-run"]
+    flags = {"input.paths": ["/data"], "predictor.path": "/model", "output.path": "/scores"}
+    config = load_config(file=None, flags=flags, overrides=[], cwd=tmp_path)
+    spec = FeatureSpec("y", "binary", (0, 1), (), (), (), (), (), (), (), (), False)
+    pools = size_pools(config, {"CPU": 16.0, "GPU": 1.0})
+    flow = size_flow(config, spec, pools, DecodePlan(), 10**6)
+    assert (flow.calls, flow.window_rows, flow.block_rows) == (1, 512, 4096)
+    assert pipeline.size_flow is before  # type: ignore[attr-defined]
 
 
 def test_processes_are_told_apart_by_their_titles() -> None:
