@@ -38,7 +38,10 @@ class Gate:
     def parity(self, engine: Engine) -> Parity:
         """The engine against the reference on every row of the sample."""
         if self._reference is None:
+            start = time.perf_counter()
             self._reference = self._find_reference()
+            rows, seconds = len(self._reference), time.perf_counter() - start
+            logger.info("parity: %s on %d rows took %.1f s", self.reference_name, rows, seconds)
         return compare(self._reference, self._scores(engine))
 
     def _find_reference(self) -> Scores:

@@ -91,16 +91,19 @@ class Scorer:
             max_abs_diff=config.parity.max_abs_diff,
         )
         load_s = time.perf_counter() - start
-        self._engine, self.decision = _decide(self._with_sample(request, setup.sample), setup)
+        request = self._with_sample(request, setup.sample)
+        sample_s = time.perf_counter() - start - load_s
+        self._engine, self.decision = _decide(request, setup)
         self._outputs = Outputs(predictor, spec)
         self._forward = threading.Lock()
         self.meter = Meter(setup.actor, self._engine.provider)
         total_s = time.perf_counter() - start
         logger.info(
-            "score actor=%s load_s=%.1f engine_s=%.1f engine=%s: %s",
+            "score actor=%s load_s=%.1f sample_s=%.1f engine_s=%.1f engine=%s: %s",
             setup.actor,
             load_s,
-            total_s - load_s,
+            sample_s,
+            total_s - load_s - sample_s,
             self.decision.name,
             self.decision.reason,
         )

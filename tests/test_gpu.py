@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import engines, gpu
+from tests import engines, gpu, pixels
 from tests.predictors import Predictor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -52,3 +52,14 @@ def test_the_tutorial_runs_with_the_compiled_engine(zoo: Mapping[str, Predictor]
     found = engines.run(tmp_path / "out.json", tmp_path / "cache", jobs)["run_tutorial"]["binary_fusion"]
     assert found["used"] == f"torch-compiled-fp16-{name}"
     assert found["max_abs_diff"] <= 0.01
+
+
+def test_pixels_of_every_way_are_pillows_and_all_find_the_same_bad_rows(tmp_path: Path) -> None:
+    gpu_name()
+    found = pixels.check(tmp_path / "cut", 2_000)
+    print(found)
+    assert found["bad_reference"] == found["bad_injected"] > 0
+    for way, least, most in (("exact", 1.0, 0), ("fast", 0.99, 2), ("gpu", 0.999, 2), ("gpu, half on cores", 0.999, 2)):
+        assert found[way]["equal"] >= least, way
+        assert found[way]["max"] <= most, way
+        assert found[way]["same_bad"], way
