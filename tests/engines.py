@@ -26,7 +26,7 @@ from tests.upstream import build_features, reference
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TUTORIAL_ROWS = 24
-CPU_ROWS = 128
+CPU_ROWS = 64
 
 
 def run(out: Path, cache: Path, jobs: Sequence[tuple[str, Path, Path, Sequence[str]]]) -> dict[str, Any]:
