@@ -113,7 +113,7 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
     graph = build_graph(request, precision, "onnxruntime")
     rows, tokens = request.shapes.rows[-1], min(request.shapes.tokens, default=0)
     batch = synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=tokens)
-    for options in cuda_options(precision):
+    for options in cuda_options(precision, request.rows_left):
         engine = OnnxGpuEngine(
             graph,
             request.spec,
