@@ -32,9 +32,9 @@ def jpeg(image: PIL.Image.Image | None = None, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def png() -> bytes:
+def png(image: PIL.Image.Image | None = None) -> bytes:
     out = io.BytesIO()
-    picture().save(out, "PNG")
+    (image or picture()).save(out, "PNG")
     return out.getvalue()
 
 

@@ -23,12 +23,12 @@ from scoring.decoding import DecodePlan
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
-from tests.test_decoding import UNUSUAL, jpeg, picture
+from tests.test_decoding import jpeg, picture, png
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = ImageModel("image", 16, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 2)
 # Small, and few: Triton's interpreter takes a second an image.
-GOOD = (jpeg(picture(50, 70)), jpeg(picture(61, 40)), UNUSUAL["png"], UNUSUAL["cut off"])
+GOOD = (jpeg(picture(30, 40)), jpeg(picture(41, 26)), png(picture(24, 20)), jpeg(picture(40, 30))[:-60])
 
 
 class PillowDecoder:
@@ -73,7 +73,7 @@ def compare() -> dict[str, Any]:
     from scoring.device_images import ImageStage
 
     rows: list[list[bytes | None]] = [[content] for content in GOOD]
-    rows += [[GOOD[0], GOOD[1]], [None], [None, GOOD[1]], [GOOD[0], UNUSUAL["png"]]]
+    rows += [[GOOD[0], GOOD[1]], [None], [None, GOOD[1]], [GOOD[0], GOOD[2]]]
     exact = features_of(rows, DecodePlan())
     spec_free = collate(exact, _spec())["image:pixels"]
     found: dict[str, Any] = {}
