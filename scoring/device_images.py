@@ -246,13 +246,16 @@ class HardwareDecoder:
         spare, was_read = self._sets.pop(0)
         if was_read is not None:
             was_read.synchronize()
-        streams = [self._codec.CodeStream(content) for content in contents]
-        common = {"params": self._params, "cuda_stream": stream.cuda_stream}
-        if len(spare) >= len(streams):
-            common["images"] = spare[: len(streams)]
-        frames = self._decoder.decode(streams, **common)
-        yield frames
-        read = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        read.record(stream)
-        usable = [frame for frame in frames if frame is not None]
-        self._sets.append((max(usable, spare, key=len) if "images" not in common else spare, read))
+        try:
+            streams = [self._codec.CodeStream(content) for content in contents]
+            common = {"params": self._params, "cuda_stream": stream.cuda_stream}
+            if len(spare) >= len(streams):
+                frames = self._decoder.decode(streams, images=spare[: len(streams)], **common)
+            else:
+                frames = self._decoder.decode(streams, **common)
+                spare = max([frame for frame in frames if frame is not None], spare, key=len)
+            yield frames
+        finally:
+            read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            read.record(stream)
+            self._sets.append((spare, read))
