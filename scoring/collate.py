@@ -51,7 +51,8 @@ def cut(
         if max_tokens and not _fits(lengths, start, rows, shapes, max_tokens):
             counts = [count for count in shapes.rows if count < rows] if shapes else range(1, rows)
             fitting = [count for count in counts if _fits(lengths, start, count, shapes, max_tokens)]
-            rows = fitting[-1] if fitting else 1
+            # Fewer rows than the smallest shape would be padded to it.
+            rows = fitting[-1] if fitting else min(rows, shapes.rows[0] if shapes else 1)
         yield start, start + rows
         start += rows
 

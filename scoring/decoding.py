@@ -5,15 +5,12 @@ GPU's part `device_images.py`'s. What a fast way cannot read takes the exact one
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from scoring.images import decode_image, transform_image
 from scoring.jpeg import hardware_size
 from scoring.resample import can_resize
 from scoring.spec import FeatureSpec, ImageModel
-
-if TYPE_CHECKING:
-    pass
 
 Mode = Literal["exact", "fast", "gpu"]
 

@@ -96,6 +96,10 @@ class ImageStage:
             for start in range(0, len(encoded), _DECODED_AT_ONCE):
                 failed += self._decode(encoded[start : start + _DECODED_AT_ONCE], pixels)
         bad: dict[int, BadImageError] = {}
+        if failed:
+            logger.info(
+                "images: the GPU's decoder could not read %d of %d, Pillow decodes them", len(failed), len(encoded)
+            )
         held.append(self._upload(self._decode_exactly(failed, bad), pixels))
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()

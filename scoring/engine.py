@@ -90,7 +90,8 @@ def _best(request: EngineRequest, gate: Gate) -> tuple[Engine, EngineDecision]:
         if best is not None:
             break
     if best is None:
-        raise EngineError(
+        kind = ParityError if any(rung.outcome == "refused" for rung in rungs) else EngineError
+        raise kind(
             "engine.provider: no engine passed: "
             + "; ".join(str(rung) for rung in rungs)
             + ". Set engine.precision=fp32 or a larger parity.max_abs_diff"

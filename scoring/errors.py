@@ -9,7 +9,8 @@
     |   |-- QuarantineLimitError  3  more rows quarantined than quarantine.max_fraction
     |   `-- VerificationError     3  verify found a difference
     |-- EngineError           4  no usable engine
-    |   `-- ParityError       4  the engine's scores are not the reference's
+    |   |-- ParityError       4  the engine's scores are not the reference's
+    |   `-- DecoderError      4  images cannot be decoded as images.decode says
     |-- LockError             5  another run holds the lock
     `-- IncompleteError       6  interrupted or incomplete; the same command resumes
 
@@ -66,6 +67,10 @@ class EngineError(ScoringError):
 
 class ParityError(EngineError):
     """The engine's scores differ from the reference by more than `parity.max_abs_diff`."""
+
+
+class DecoderError(EngineError):
+    """A scoring actor's node cannot decode images as `images.decode` says."""
 
 
 class LockError(ScoringError):

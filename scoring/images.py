@@ -10,9 +10,10 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -182,20 +183,27 @@ def transform_image(image: "Image", model: ImageModel, *, max_pixels: int) -> by
 
 def decode_image(content: bytes, *, max_pixels: int) -> "Image":
     """Encoded bytes -> RGB. Truncated files decode as far as they go, as upstream has it. Raises BadImageError."""
+    with open_image(content) as image:
+        if image.width * image.height > max_pixels:
+            raise BadImageError(
+                Reason.IMAGE_TOO_LARGE,
+                f"{image.width} x {image.height} pixels is over images.max_pixels={max_pixels}",
+            )
+        return image.convert("RGB")
+
+
+@contextmanager
+def open_image(content: bytes) -> "Iterator[Image]":
+    """Encoded bytes as Pillow opens them: the header is read, pixels when they are asked for. Raises BadImageError."""
     import PIL.Image
     import PIL.ImageFile
 
     PIL.ImageFile.LOAD_TRUNCATED_IMAGES = True
-    PIL.Image.MAX_IMAGE_PIXELS = None  # images.max_pixels is checked below, on every image
+    PIL.Image.MAX_IMAGE_PIXELS = None  # images.max_pixels is checked on every image
     try:
         with warnings.catch_warnings(), PIL.Image.open(BytesIO(content)) as image:
             warnings.simplefilter("ignore")
-            if image.width * image.height > max_pixels:
-                raise BadImageError(
-                    Reason.IMAGE_TOO_LARGE,
-                    f"{image.width} x {image.height} pixels is over images.max_pixels={max_pixels}",
-                )
-            return image.convert("RGB")
+            yield image
     except BadImageError:
         raise
     except Exception as error:  # Pillow's plugins raise anything on bad bytes (SyntaxError, struct.error, ...)

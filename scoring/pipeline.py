@@ -4,13 +4,14 @@ Owns the order of things and the sizes of the pools. Every step is another modul
 """
 
 import importlib.util
+import json
 import logging
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
 from scoring.engines.build import EngineRequest, build_rtx_ahead
 from scoring.engines.cache import EngineCache
-from scoring.errors import EngineError, OutputError, ParityError
+from scoring.errors import DecoderError, EngineError, OutputError, ParityError
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.ledger import (
@@ -57,6 +58,10 @@ from scoring.storage import is_local, join, redact, remove_tree, write_bytes
 
 logger = logging.getLogger(__name__)
 
+# What an actor writes down before it dies, by name.
+_REFUSALS = {kind.__name__: kind for kind in (EngineError, ParityError, DecoderError)}
+# Among an attempt's decisions: how its images were decoded, which is not always what was planned.
+_IMAGES = "images"
 _PROBE_GPUS = 0.01  # any part of a GPU puts a task on its node
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -137,6 +142,10 @@ def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> Decode
     """See `plan_decode`. Raises EngineError."""
     may_decode = pools.gpus_per_actor > 0 and bool(spec.image) and config.images.decode in ("auto", "gpu")
     has_decoder = bool(ray.get(_has_decoder.options(num_gpus=_PROBE_GPUS).remote())) if may_decode else False
+    if may_decode and not has_decoder and config.images.decode == "auto":
+        logger.info(
+            "images.decode=auto: exact, as the GPU's node has no nvImageCodec; install multimodal-scorer[gpu-images] there"
+        )
     try:
         return plan_decode(config, spec, pools, has_decoder=has_decoder)
     except ValueError as error:
@@ -314,12 +323,10 @@ def _score_all(plan: Plan) -> tuple[AttemptFolder, dict[str, float]]:
     attempt = AttemptFolder(plan.run.uri, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
     try:
         return attempt, _score(plan, attempt)
-    except EngineError as error:
+    except (ParityError, DecoderError) as error:
         if plan.config.images.decode != "auto" or plan.decode.mode == "exact":
             raise
-        logger.warning(
-            "images.decode=auto: no engine passed with %s images, trying exact ones: %s", plan.decode.mode, error
-        )
+        logger.warning("images.decode=auto: refused with %s images, trying exact ones: %s", plan.decode.mode, error)
     exact = replace(plan.decode, mode="exact", cpu_share=0.0)
     flow = size_flow(plan.config, plan.spec, plan.pools, exact, plan.inputs.estimated_rows)
     return _score_all(replace(plan, decode=exact, flow=flow))
@@ -347,6 +354,7 @@ def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     if plan.inputs.has_exact_rows and not plan.inputs.estimated_rows:
         return {}
     attempt.open_decisions()
+    write_bytes(join(attempt.decisions_uri, f"{_IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
     dataset = score_features(read_features(plan, attempt), plan, attempt)
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec))
     try:
@@ -424,8 +432,7 @@ def _raise_refusal(attempt: AttemptFolder, error: Exception) -> None:
     """Raise what a scoring actor died of, if it was an engine that it could not have."""
     for name, document in attempt.decisions().items():
         if name.startswith("refused-"):
-            kind = ParityError if document["error"] == ParityError.__name__ else EngineError
-            raise kind(document["message"]) from error
+            raise _REFUSALS.get(document["error"], EngineError)(document["message"]) from error
 
 
 def _stage_seconds(dataset: "ray.data.Dataset") -> dict[str, float]:
@@ -457,6 +464,7 @@ def _manifest(
     plan: Plan, accounts: Accounts, timings: Timings, decisions: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     engines = sorted({file.engine for file in accounts.files if file.engine})
+    decode = decisions.get(_IMAGES, asdict(plan.decode))
     return {
         "version": MANIFEST_VERSION,
         "run_id": plan.run.run_id,
@@ -470,8 +478,8 @@ def _manifest(
             "used": engines,
             "provider": plan.config.engine.provider,
             "precision": plan.config.engine.precision,
-            "decisions": decisions,
+            "decisions": {name: decision for name, decision in decisions.items() if name != _IMAGES},
         },
-        "images": {"decode": plan.config.images.decode, "used": plan.decode.mode, "cpu_share": plan.decode.cpu_share},
+        "images": {"decode": plan.config.images.decode, **decode},
         "timings": timings.seconds,
     }

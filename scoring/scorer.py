@@ -24,7 +24,7 @@ from scoring.engine import choose_engine, shared_engine
 from scoring.engines.base import Engine, EngineUnavailable
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
-from scoring.errors import EngineError, Reason, Stage
+from scoring.errors import DecoderError, EngineError, Reason, Stage
 from scoring.features import FEATURE_PREFIX
 from scoring.flat import Logits
 from scoring.ledger import takes_decisions
@@ -78,7 +78,7 @@ class Scorer:
             self._staging = Staging(spec, config, setup.decode, on_gpu=on_gpu)
         except EngineUnavailable as error:
             message = f"images.decode: {setup.decode.mode} cannot be had here: {error}. Set images.decode=exact"
-            raise _refused(EngineError(message), setup) from error
+            raise _refused(DecoderError(message), setup) from error
         request = EngineRequest(
             predictor=predictor,
             spec=spec,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jobs.bench_data import Recipe, make_cut
 from scoring.columns import MARK_FIELDS, SOURCE_ROW
 from scoring.config import ImagesConfig
-from scoring.decoding import DecodePlan, Mode
+from scoring.decoding import DecodePlan
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
@@ -60,7 +60,7 @@ def check(folder: Path, rows: int) -> dict[str, Any]:
     wanted, wanted_bad = pixels(cells, DecodePlan(), on_gpu=False)
     found: dict[str, Any] = {"rows": rows, "bad_injected": cut.num_bad, "bad_reference": len(wanted_bad)}
     for name, plan in PLANS.items():
-        got, bad = pixels(cells, plan, on_gpu=plan.mode != _CPU)
+        got, bad = pixels(cells, plan, on_gpu=plan.uses_gpu)
         difference = np.abs(got.astype(np.int16) - wanted)
         found[name] = {
             "equal": float((difference == 0).mean()),
@@ -70,8 +70,6 @@ def check(folder: Path, rows: int) -> dict[str, Any]:
         }
     return found
 
-
-_CPU: Mode = "fast"
 
 if __name__ == "__main__":
     document = check(Path(sys.argv[1]), int(sys.argv[2]))

@@ -47,6 +47,11 @@ def test_padding_is_a_small_part_of_the_work() -> None:
     assert found.sum() / work > 0.7
 
 
+def test_a_budget_below_the_smallest_shape_does_not_pad_single_rows_to_it() -> None:
+    assert list(cut(np.full(70, 500, dtype=np.int64), 512, SHAPES, 1_000)) == [(0, 32), (32, 64), (64, 70)]
+    assert list(cut(np.full(3, 500, dtype=np.int64), 512, None, 400)) == [(0, 1), (1, 2), (2, 3)]
+
+
 def test_without_texts_rows_are_cut_at_the_largest_batch() -> None:
     shapes = Shapes((64, 128), ())
     assert list(cut(np.zeros(300, dtype=np.int64), 128, shapes, None)) == [(0, 128), (128, 256), (256, 300)]

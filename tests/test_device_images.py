@@ -5,12 +5,8 @@ In a process of its own, as in `test_resample.py`.
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +19,9 @@ from scoring.decoding import DecodePlan
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
+from tests.interpreted import run_interpreted
 from tests.test_decoding import jpeg, picture, png
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = ImageModel("image", 16, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 2)
 # Small, and few: Triton's interpreter takes a second an image.
 GOOD = (jpeg(picture(30, 40)), jpeg(picture(41, 26)), png(picture(24, 20)), jpeg(picture(40, 30))[:-60])
@@ -112,16 +108,7 @@ def _spec() -> FeatureSpec:
 
 
 def test_every_way_gives_the_same_pixels_and_what_the_decoder_cannot_read_goes_to_pillow() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_device_images"],
-        cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_interpreted("tests.test_device_images")
     for name in ("frames", "encoded", "shared", "pixels"):
         assert (found[name]["differing"], found[name]["bad"]) == (0, 0), name
     # Two plain JPEGs alone, two rows of two, one beside a missing one; not the row that a PNG shares.

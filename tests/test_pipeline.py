@@ -65,7 +65,7 @@ def test_auto_scores_exact_pixels_where_the_gpus_are_refused_and_says_so(
     assert plans[1].flow.window_rows < plans[0].flow.window_rows, "frames are larger, so fewer travel together"
     assert cast("Run", plan.run).discarded == 2, "nothing of the refused attempt is left"
     assert attempt.attempt
-    assert "no engine passed with gpu images, trying exact ones: no engine passed: cuda-fp16 differs" in caplog.text
+    assert "refused with gpu images, trying exact ones: no engine passed: cuda-fp16 differs" in caplog.text
 
 
 @pytest.mark.parametrize("decode", ["gpu", "exact"])

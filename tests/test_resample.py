@@ -4,12 +4,9 @@ In a process of its own: whether Triton interprets is decided when it is importe
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.interpreted import run_interpreted
+
 # Larger, smaller and as large as the model's, upright and lying, odd and even; few, as the interpreter takes a second each.
 SIZES = ((75, 50), (33, 90), (16, 16), (10, 13), (41, 17))
 
@@ -53,17 +50,9 @@ def compare(transforms: str) -> dict[str, int]:
 
 
 def test_every_pixel_is_pillows() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_resample"],
-        cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    found = run_interpreted("tests.test_resample")
     differing = {**{f"{height}x{width}": 0 for height, width in SIZES}, "untouched": 0}
-    assert json.loads(done.stdout) == dict.fromkeys(WAYS, differing)
+    assert found == dict.fromkeys(WAYS, differing)
 
 
 if __name__ == "__main__":

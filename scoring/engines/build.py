@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from scoring.decision import describe_error
 from scoring.engines.base import Engine, EngineUnavailable, Shapes
 from scoring.engines.cache import EngineCache, Key
 from scoring.export import EXPORT_VERSION, AttentionShape, Target, export_onnx, optimize_graph
@@ -126,7 +127,7 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
             engine.forward(batch)  # kernels are looked for at the first batch of a shape
         except Exception as error:
             engine.close()
-            reason = str(error).splitlines()[0]
+            reason = describe_error(error)
             logger.warning("engine: cuda-%s does not run with %s: %s", precision, options, reason)
         else:
             return engine
