@@ -5,6 +5,7 @@ Owns the sample and the reference's scores on it. The figures are `parity.py`'s,
 
 import logging
 import time
+from functools import cached_property
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from scoring.engines.base import Engine, num_rows
 from scoring.engines.build import EngineRequest, has_gpu, synthetic_sample
 from scoring.outputs import Outputs
 from scoring.parity import Parity, Scores, compare
+from scoring.rates import known_rate, measured_rate
 
 logger = logging.getLogger(__name__)
 
@@ -23,26 +25,37 @@ class Gate:
     """Checks and times engines on the sample; the reference is computed once."""
 
     def __init__(self, request: EngineRequest) -> None:
-        from scoring.engines.torch_engine import TorchEngine
-
         self._request = request
         self._outputs = Outputs(request.predictor, request.spec)
         self._sample = list(request.sample) or synthetic_sample(request)
-        use_gpu = has_gpu() and request.provider != "cpu"
-        self.reference_engine = TorchEngine(
-            request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads
-        )
         self._reference: Scores | None = None
         self.reference_name = ""
 
+    @cached_property
+    def reference_engine(self) -> Engine:
+        """The fp32 network on our features."""
+        from scoring.engines.torch_engine import TorchEngine
+
+        request = self._request
+        use_gpu = has_gpu() and request.provider != "cpu"
+        return TorchEngine(request.predictor, request.spec, "fp32", use_gpu=use_gpu, num_threads=request.num_threads)
+
+    def known_rate(self, provider: str, precision: str) -> float | None:
+        """Rows/s of an engine as an earlier run timed it here."""
+        return known_rate(self._request, provider, precision)
+
     def parity(self, engine: Engine) -> Parity:
         """The engine against the reference on every row of the sample."""
+        return compare(self.reference(), self._scores(engine))
+
+    def reference(self) -> Scores:
+        """The reference's scores of the sample."""
         if self._reference is None:
             start = time.perf_counter()
             self._reference = self._find_reference()
             rows, seconds = len(self._reference), time.perf_counter() - start
             logger.info("parity: %s on %d rows took %.1f s", self.reference_name, rows, seconds)
-        return compare(self._reference, self._scores(engine))
+        return self._reference
 
     def _find_reference(self) -> Scores:
         if self._request.reference is not None and self._request.sample:
@@ -66,7 +79,11 @@ class Gate:
         return scores
 
     def rows_per_s(self, engine: Engine) -> float:
-        """The engine's rate over the batches to be timed, host to host, for about a second, shapes seen before."""
+        """The engine's rate over the batches to be timed, host to host, for about a second, or an earlier run's."""
+        return measured_rate(self._request, engine.provider, engine.precision, lambda: self._time(engine))
+
+    def _time(self, engine: Engine) -> float:
+        # Shapes are seen once before the clock starts.
         batches = self._request.timed or self._sample
         for arrays in self._request.timed:
             engine.forward(arrays)

@@ -141,7 +141,7 @@ def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]
 def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> DecodePlan:
     """See `plan_decode`. Raises EngineError."""
     may_decode = pools.gpus_per_actor > 0 and bool(spec.image) and config.images.decode in ("auto", "gpu")
-    has_decoder = bool(ray.get(_has_decoder.options(num_gpus=_PROBE_GPUS).remote())) if may_decode else False
+    has_decoder = may_decode and _have_gpus_a_decoder()
     if may_decode and not has_decoder and config.images.decode == "auto":
         logger.info(
             "images.decode=auto: exact, as the GPU's node has no nvImageCodec; install multimodal-scorer[gpu-images] there"
@@ -152,7 +152,13 @@ def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> Decode
         raise EngineError(str(error)) from error
 
 
-@ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+def _have_gpus_a_decoder() -> bool:
+    """Whether the GPUs' nodes have nvImageCodec, going by one of them."""
+    if len([node for node in ray.nodes() if node["Alive"]]) == 1:
+        return _has_decoder()  # the GPUs are here; a task would wait 2 s for its worker
+    return bool(ray.get(ray.remote(_has_decoder).options(num_cpus=0, num_gpus=_PROBE_GPUS).remote()))
+
+
 def _has_decoder() -> bool:
     """Whether this node has nvImageCodec; found without importing anything."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.nvimgcodec") is not None

@@ -15,10 +15,11 @@ _MIB = 2**20
 # Reads and writes are short and mostly wait for storage; a whole CPU each would starve the pools on small machines.
 IO_CPUS = 0.25
 
-# Seconds of a core a row on an H100's host: reading, tokens and columns; decoding one JPEG of 40 KB (580 images/s).
-_ROW_CPU_S, _DECODE_CPU_S = 0.25e-3, 1.7e-3
-# Images a second of the GPU's JPEG engine (24,200 alone, 16,500 with the resize behind it).
-_HARDWARE_RATE = 18_000.0
+# Seconds of a core a row on an H100's host: reading, tokens, columns and the way to the actor; decoding one JPEG of 34 KB to a
+# frame and shipping that.
+_ROW_CPU_S, _DECODE_CPU_S = 0.5e-3, 3.2e-3
+# Images a second of the GPU's JPEG engine beside a forward (25,000 alone), and the cores that a scoring actor is busy with.
+_HARDWARE_RATE, _STAGING_CORES = 14_400.0, 4
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class _Size:
 _SIZES = {"gpu": _Size(512, 4_096, 64), "fast": _Size(512, 4_096, 64), "exact": _Size(128, 1_024, 48)}
 _PLAIN = _Size(4_096, 8_192, 2)
 _CPU_MIB = 16
-# One window in the forward, one at the decoder, one being copied and cut.
-_GPU_CALLS = 3
+# One window in the forward, two at the decoders, one being copied and cut.
+_GPU_CALLS = 4
 _CPU_ROWS = 256
 _MIN_BLOCK = 32
 
@@ -132,10 +133,10 @@ def plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools, *, has_dec
 def cpu_share(pools: Pools) -> float:
     """The part of the rows that workers decode beside the GPU's decoder, so that both are busy; 0 with few cores.
 
-    With T rows/s, (1 - s) T of them are the decoder's and T (row + s decode) seconds the cores'.
+    With T rows/s, (1 - s) T of them are the decoder's and T (row + s decode) seconds the cores', less those of the actor.
     """
     cores = pools.feature_workers / max(1.0, pools.scoring_actors * pools.gpus_per_actor)
-    spare = cores - _HARDWARE_RATE * _ROW_CPU_S
+    spare = cores - _STAGING_CORES - _HARDWARE_RATE * _ROW_CPU_S
     return round(max(0.0, spare / (_HARDWARE_RATE * _DECODE_CPU_S + cores)), 2)
 
 

@@ -82,16 +82,14 @@ def compare() -> dict[str, Any]:
         table = features_of(rows, plan)
         # Two chunks: what arrives at the actor is several blocks.
         table = pa.concat_tables([table.slice(0, 3), table.slice(3)])
-        stage = ImageStage(MODEL, "cpu", decodes=False, max_pixels=10**8)
         decoder = PillowDecoder(fails_on=[GOOD[1]])
-        stage._decoder = decoder  # type: ignore[assignment]
+        stage = ImageStage(MODEL, "cpu", [decoder], max_pixels=10**8)
         images, bad = stage.load(table)
         order = np.arange(len(rows))[::-1].copy()
         pixels = images.take(order, 2).numpy()[::-1]
         found[name] = {"differing": int((pixels != spec_free).sum()), "bad": len(bad), "decoded": decoder.asked}
     # Pillow refuses it as well where the limit is lower than the worker's was.
-    stage = ImageStage(MODEL, "cpu", decodes=False, max_pixels=1_000)
-    stage._decoder = PillowDecoder(fails_on=[GOOD[1]])  # type: ignore[assignment]
+    stage = ImageStage(MODEL, "cpu", [PillowDecoder(fails_on=[GOOD[1]])], max_pixels=1_000)
     table = features_of([[GOOD[0]], [GOOD[1]], [GOOD[0]]], DecodePlan("gpu", resizes_on_gpu=True))
     images, bad = stage.load(table)
     found["refused"] = {

@@ -47,6 +47,10 @@ class StubEngine:
         self.is_closed = True
 
 
+# What earlier runs timed: (provider, precision) -> rows/s.
+KNOWN_RATES: dict[tuple[str, str], float] = {}
+
+
 class StubGate:
     """The gate's interface over stub engines."""
 
@@ -54,6 +58,9 @@ class StubGate:
 
     def __init__(self, request: EngineRequest) -> None:
         self._limit = request.max_abs_diff
+
+    def known_rate(self, provider: str, precision: str) -> float | None:
+        return KNOWN_RATES.get((provider, precision))
 
     def parity(self, engine: StubEngine) -> Parity:
         return Parity(64, engine.difference, engine.difference, 1.0, 0, 0)
@@ -88,6 +95,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         return engine, 1.0
 
     monkeypatch.setattr(ladder, "build_engine", build)
+    monkeypatch.setattr(ladder, "is_exported", lambda request, provider, precision: False)
+    KNOWN_RATES.clear()
     monkeypatch.setattr(ladder, "Gate", StubGate)
     monkeypatch.setattr(ladder, "has_gpu", lambda: True)
     monkeypatch.setattr(takeover, "build_compiled", lambda request, precision: pytest.fail("nothing to compile here"))
@@ -113,6 +122,25 @@ def test_the_fastest_that_passes_is_used_and_every_rung_is_told(machine: Machine
         "torch-compiled-fp16": "skipped",
     }
     assert cast("StubEngine", machine["torch", "fp16"]).is_closed
+
+
+def test_what_earlier_runs_timed_is_not_built_to_be_found_slower(machine: Machine, tmp_path: Path) -> None:
+    KNOWN_RATES.update({("torch", "fp16"): 20_000, ("cuda", "fp16"): 30_000})
+    machine["torch", "fp16"] = EngineUnavailable("nobody asks for it")
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=900_000))
+    assert engine is machine["cuda", "fp16"]
+    told = [str(rung) for rung in decision.rungs]
+    assert told[0].startswith("cuda-fp16 used, 30,000 rows/s")
+    assert told[1] == "torch-fp16 slower, 20,000 rows/s: timed by an earlier run"
+
+
+def test_the_engine_that_was_fastest_is_checked_again_and_passed_over(machine: Machine, tmp_path: Path) -> None:
+    KNOWN_RATES.update({("torch", "fp16"): 20_000, ("cuda", "fp16"): 30_000})
+    cast("StubEngine", machine["cuda", "fp16"]).difference = 0.02
+    engine, decision = choose_engine(request_for(tmp_path))
+    assert engine is machine["torch", "fp16"]
+    assert outcomes(decision)["cuda-fp16"] == "refused"
+    assert outcomes(decision)["torch-fp16"] == "used"
 
 
 def test_an_engine_that_is_not_the_reference_is_passed_over(machine: Machine, tmp_path: Path) -> None:

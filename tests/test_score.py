@@ -136,7 +136,12 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
     if actors == 1:
         plans = list((tmp_path / "cache" / "engines" / "rtx").glob("*/engine.plan"))
         assert len(plans) == 1, "the engine for the cluster's L4 is built where the spec is extracted"
-    assert published.manifest["images"] == {"decode": "auto", "mode": "exact", "resizes_on_gpu": False, "cpu_share": 0.0}
+    assert published.manifest["images"] == {
+        "decode": "auto",
+        "mode": "exact",
+        "resizes_on_gpu": False,
+        "cpu_share": 0.0,
+    }
     assert set(published.manifest["engine"]["decisions"]) == {"cpu"}
     decision = published.manifest["engine"]["decisions"]["cpu"]
     assert decision["provider"] == "torch"

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,11 @@ class EngineRequest:
     max_abs_diff: float = 0.005
     provider_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """ONNX Runtime options by provider (`cuda`, `tensorrt`), over ours."""
+
+    @cached_property
+    def weights(self) -> str:
+        """See `weights_hash`."""
+        return weights_hash(self.predictor, self.spec)
 
     @property
     def shapes(self) -> Shapes:
@@ -231,12 +237,7 @@ _BUILDERS: Mapping[str, Callable[[EngineRequest, Precision], Engine]] = {
 
 def build_graph(request: EngineRequest, precision: Precision, runs_on: Target) -> Path:
     """The exported graph in its form for one kind of engine, from the cache or made now."""
-    export_parts = {
-        "weights": weights_hash(request.predictor, request.spec),
-        "export": str(EXPORT_VERSION),
-        **{name: _package(name) for name in ("torch", "transformers", "timm", "autogluon.multimodal", "onnx")},
-    }
-    graph_parts = {**export_parts, "precision": precision, "runs_on": runs_on, "optimizer": _onnxruntime_version()}
+    export_parts = _export_parts(request)
 
     def build(folder: Path) -> None:
         exported = request.cache.get(
@@ -246,14 +247,40 @@ def build_graph(request: EngineRequest, precision: Precision, runs_on: Target) -
         attention = AttentionShape.of(request.predictor)
         optimize_graph(exported / "model.onnx", folder / "model.onnx", precision, runs_on, attention)
 
-    return request.cache.get(Key("graph", graph_parts), build) / "model.onnx"
+    return request.cache.get(_graph_key(request, precision, runs_on), build) / "model.onnx"
+
+
+def is_exported(request: EngineRequest, provider: str, precision: Precision) -> bool:
+    """Whether this engine's graph is in the cache: then building it does not touch the predictor."""
+    return provider in ("cuda", "cpu") and request.cache.find(_graph_key(request, precision, "onnxruntime")) is not None
+
+
+def _graph_key(request: EngineRequest, precision: Precision, runs_on: Target) -> Key:
+    parts = {"precision": precision, "runs_on": runs_on, "optimizer": _onnxruntime_version()}
+    return Key("graph", {**_export_parts(request), **parts})
+
+
+def _export_parts(request: EngineRequest) -> dict[str, str]:
+    names = ("torch", "transformers", "timm", "autogluon.multimodal", "onnx")
+    versions_of = {name: _package(name) for name in names}
+    return {"weights": request.weights, "export": str(EXPORT_VERSION), **versions_of}
+
+
+def versions() -> dict[str, str]:
+    """What an engine's rate depends on beside its network: the form of our graphs and the libraries that run them."""
+    names = ("torch", "transformers", "timm", "autogluon.multimodal")
+    return {
+        "export": str(EXPORT_VERSION),
+        "onnxruntime": _onnxruntime_version(),
+        **{name: _package(name) for name in names},
+    }
 
 
 def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, library: str, device: str) -> Key:
     return Key(
         kind,
         {
-            "weights": weights_hash(request.predictor, request.spec),
+            "weights": request.weights,
             "export": str(EXPORT_VERSION),
             "precision": precision,
             "library": library,
@@ -306,5 +333,5 @@ def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
     folder = request.cache.local / "inductor"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    with FileLock(folder / f"{weights_hash(request.predictor, request.spec)[:16]}-{precision}.lock"):
+    with FileLock(folder / f"{request.weights[:16]}-{precision}.lock"):
         return CompiledEngine(request.predictor, request.spec, precision, request.shapes)

@@ -78,6 +78,17 @@ class EngineCache:
                 self._build(key, folder, build)
         return folder
 
+    def find(self, key: Key) -> Path | None:
+        """The entry's folder if somebody has built it."""
+        folder = self.local / key.path
+        if _is_whole(folder, key):
+            return folder
+        if self._remote is None:
+            return None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            return folder if _is_whole(folder, key) or self._download(key, folder) else None
+
     def _build(self, key: Key, folder: Path, build: Callable[[Path], None]) -> None:
         start = time.perf_counter()
         staging = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
