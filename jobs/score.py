@@ -93,7 +93,8 @@ def _score(
         logger.info("config %s = %s", key, value)
     import ray
 
-    from scoring.pipeline import Timings, prepare, run
+    from scoring.pipeline import Timings, prepare
+    from scoring.run import run
 
     timings = Timings()
     start = time.perf_counter()

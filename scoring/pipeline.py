@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint, resolved_yaml
+from scoring.accounts import Range
+from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
 from scoring.engines.build import EngineRequest, build_rtx_ahead
 from scoring.engines.cache import EngineCache
@@ -28,15 +28,10 @@ from scoring.errors import DecoderError, EngineError, OutputError, ParityError
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.ledger import (
-    MANIFEST_VERSION,
-    Accounts,
     AttemptFolder,
     RunFolder,
-    ShardRows,
-    add_up,
-    check_complete,
-    check_quarantine,
 )
+from scoring.parts import PartSchemas, reserved_names
 from scoring.predictor import (
     check_hash,
     extract_spec,
@@ -49,7 +44,7 @@ from scoring.predictor import (
 from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import InputPlan, inspect_files, list_inputs, plan_inputs
-from scoring.sink import PartSchemas, PartSink, reserved_names, write_part
+from scoring.sink import PartSink
 from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, size_flow, size_pools
 from scoring.source import ShardSource
 from scoring.spec import FeatureSpec
@@ -61,7 +56,7 @@ logger = logging.getLogger(__name__)
 # What an actor writes down before it dies, by name.
 _REFUSALS = {kind.__name__: kind for kind in (EngineError, ParityError, DecoderError)}
 # Among an attempt's decisions: how its images were decoded, which is not always what was planned.
-_IMAGES = "images"
+IMAGES = "images"
 _PROBE_GPUS = 0.01  # any part of a GPU puts a task on its node
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -80,6 +75,8 @@ class Plan:
     pools: Pools
     decode: DecodePlan
     flow: Flow
+    done: Mapping[int, Sequence[Range]] = field(default_factory=dict)
+    """Rows of the inputs' shards, by shard, that earlier attempts have accounted for."""
 
 
 @dataclass
@@ -95,16 +92,6 @@ class Timings:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A run as it ended: published now, or before (`was_published`)."""
-
-    run_id: str
-    totals: Mapping[str, int]
-    timings: Mapping[str, Any]
-    was_published: bool
 
 
 def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]) -> Plan:
@@ -297,72 +284,12 @@ def _set_up_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def run(plan: Plan, timings: Timings) -> Outcome:
-    """Score the plan's rows and publish them, or find that they are published already.
-
-    Raises FingerprintError, OutputError, IncompleteError, QuarantineLimitError.
-    """
-    check_output(plan.config)
-    plan.run.claim(plan.fingerprint.digest, plan.fingerprint.parts, plan.fingerprint.differences)
-    if plan.run.is_published:
-        plan.run.finish_publication()
-        manifest = plan.run.read_manifest()
-        logger.info("run %s is published already; nothing to do", plan.run.run_id)
-        return Outcome(plan.run.run_id, manifest["totals"], manifest["timings"], was_published=True)
-    attempt = _finished_attempt(plan)
-    if attempt is None:
-        with timings.phase("score_s"):
-            attempt, stages = _score_all(plan)
-        timings.seconds |= stages
-    with timings.phase("publish_s"):
-        accounts = _accounts(plan, attempt)
-        check_complete(accounts)
-        check_quarantine(accounts, plan.config.quarantine.max_fraction)
-        accounts = _with_scores_part(plan, attempt, accounts)
-    plan.run.publish(_manifest(plan, accounts, timings, attempt.decisions()), resolved_yaml(plan.config))
-    return Outcome(plan.run.run_id, accounts.totals, timings.seconds, was_published=False)
-
-
-def _score_all(plan: Plan) -> tuple[AttemptFolder, dict[str, float]]:
-    """Score every row in a new attempt; where `images.decode=auto` took a way that parity refuses, in an exact one."""
-    plan.run.discard_attempts()
-    attempt = AttemptFolder(plan.run.uri, f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
-    try:
-        return attempt, _score(plan, attempt)
-    except (ParityError, DecoderError) as error:
-        if plan.config.images.decode != "auto" or plan.decode.mode == "exact":
-            raise
-        logger.warning("images.decode=auto: refused with %s images, trying exact ones: %s", plan.decode.mode, error)
-    exact = replace(plan.decode, mode="exact", cpu_share=0.0)
-    flow = size_flow(plan.config, plan.spec, plan.pools, exact, plan.inputs.estimated_rows)
-    return _score_all(replace(plan, decode=exact, flow=flow))
-
-
-def _finished_attempt(plan: Plan) -> AttemptFolder | None:
-    """An earlier attempt that scored every row but was not published: over the quarantine limit, or killed at the end."""
-    for attempt in plan.run.attempts():
-        if attempt.receipts() and _accounts(plan, attempt).is_complete:
-            logger.info("run %s: every row was scored by attempt %s; publishing it", plan.run.run_id, attempt.attempt)
-            return attempt
-    return None
-
-
-def _accounts(plan: Plan, attempt: AttemptFolder) -> Accounts:
-    shards = [
-        ShardRows(shard.index, shard.file.source_file, shard.first_row, shard.num_rows) for shard in plan.inputs.shards
-    ]
-    return add_up(shards, attempt.read_notes(), attempt.receipts())
-
-
-def _score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
-    """Run the Ray Data pipeline to its end; returns each stage's busy seconds, summed over its tasks."""
+def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
+    """Run the Ray Data pipeline over the plan's rows; returns each stage's busy seconds, summed over its tasks."""
     logger.info("run %s: attempt %s, %s, %s, %s", plan.run.run_id, attempt.attempt, plan.pools, plan.flow, plan.decode)
-    if plan.inputs.has_exact_rows and not plan.inputs.estimated_rows:
-        return {}
-    attempt.open_decisions()
-    write_bytes(join(attempt.decisions_uri, f"{_IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
+    write_bytes(join(attempt.decisions_uri, f"{IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
     dataset = score_features(read_features(plan, attempt), plan, attempt)
-    sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec))
+    sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows)
     try:
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})
     except Exception as error:
@@ -376,7 +303,7 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     context = DataContext.get_current()
     context.target_max_block_size = plan.flow.block_bytes
     context.wait_for_min_actors_s = -1
-    source = ShardSource(plan.inputs, plan.config.input.csv, attempt, block_rows=plan.flow.block_rows)
+    source = ShardSource(plan.inputs, plan.config.input.csv, attempt, plan.flow.block_rows, plan.done)
     dataset = ray.data.read_datasource(
         source, override_num_blocks=source.num_tasks, ray_remote_args={"num_cpus": IO_CPUS}
     )
@@ -455,37 +382,3 @@ def _stage_seconds(dataset: "ray.data.Dataset") -> dict[str, float]:
                 if part in stage.operator_name and stage.wall_time is not None:
                     seconds[name] = round(seconds.get(name, 0.0) + stage.wall_time.sum, 3)
     return seconds
-
-
-def _with_scores_part(plan: Plan, attempt: AttemptFolder, accounts: Accounts) -> Accounts:
-    """A run without a scored row still publishes one part, empty, so that readers find the full schema."""
-    if any(file.path.startswith("scores/") for file in accounts.files):
-        return accounts
-    schema = PartSchemas(plan.inputs.schema, plan.spec).scores
-    empty = write_part(schema.empty_table(), "scores", 0, attempt, engine="")
-    return Accounts(accounts.shards, (empty, *accounts.files), accounts.reasons)
-
-
-def _manifest(
-    plan: Plan, accounts: Accounts, timings: Timings, decisions: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    engines = sorted({file.engine for file in accounts.files if file.engine})
-    decode = decisions.get(_IMAGES, asdict(plan.decode))
-    return {
-        "version": MANIFEST_VERSION,
-        "run_id": plan.run.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": {"digest": plan.fingerprint.digest, "parts": plan.fingerprint.parts},
-        "predictor": {"path": redact(plan.config.predictor.path), "sha256": plan.predictor_hash},
-        "files": [vars(file) for file in accounts.files],
-        "shards": [vars(shard) for shard in accounts.shards],
-        "totals": {**accounts.totals, "reasons": dict(accounts.reasons)},
-        "engine": {
-            "used": engines,
-            "provider": plan.config.engine.provider,
-            "precision": plan.config.engine.precision,
-            "decisions": {name: decision for name, decision in decisions.items() if name != _IMAGES},
-        },
-        "images": {"decode": plan.config.images.decode, **decode},
-        "timings": timings.seconds,
-    }

@@ -43,6 +43,8 @@ _CPU_MIB = 16
 # One window in the forward, two at the decoders, one being copied and cut.
 _GPU_CALLS = 4
 _CPU_ROWS = 256
+# A crash repeats what has no part yet: 2 s of an H100, half a minute of a core. A million rows are 50 files or 500.
+_GPU_PART_ROWS, _CPU_PART_ROWS = 20_000, 2_000
 _MIN_BLOCK = 32
 
 
@@ -60,10 +62,11 @@ class Pools:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rows a block of features and a window of scoring, calls in flight an actor, and bytes of Ray's blocks."""
+    """Rows a block of features, a window of scoring and a part of scores, calls in flight an actor, and bytes of Ray's blocks."""
 
     block_rows: int
     window_rows: int
+    part_rows: int
     calls: int
     block_bytes: int
 
@@ -144,10 +147,10 @@ def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: Deco
     """Rows and bytes between the stages; a small run is cut into several blocks a worker, so that all of them work."""
     if not pools.gpus_per_actor:
         rows_a_time = config.batch.rows or _CPU_ROWS
-        return Flow(rows_a_time, rows_a_time, 1, _CPU_MIB * _MIB)
+        return Flow(rows_a_time, rows_a_time, _CPU_PART_ROWS, 1, _CPU_MIB * _MIB)
     size = _SIZES[decode.mode] if spec.image else _PLAIN
     share = rows // (4 * pools.feature_workers)
     block = max(_MIN_BLOCK, min(size.block_rows, 1 << max(0, share.bit_length() - 1)))
     # A few windows at least, so that one is prepared while another is scored.
     window = max(block, config.batch.rows or 0, min(size.window_rows, rows // 4))
-    return Flow(block, window, _GPU_CALLS, size.block_mib * _MIB)
+    return Flow(block, window, _GPU_PART_ROWS, _GPU_CALLS, size.block_mib * _MIB)

@@ -4,14 +4,15 @@ Owns how shards become read tasks, and the note each task leaves of the rows it 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 from ray.data import DataContext
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from scoring.columns import SHARD, ReadSchema
+from scoring.accounts import Range, is_done
+from scoring.columns import SHARD, SOURCE_ROW, ReadSchema
 from scoring.config import CsvConfig
 from scoring.ledger import AttemptFolder
 from scoring.reading import read_shard
@@ -23,11 +24,22 @@ _ROW_OVERHEAD_BYTES = 64
 
 
 class ShardSource(Datasource):  # type: ignore[misc]
-    """Reads the plan's shards in blocks of at most `block_rows`, and notes each shard's rows in the attempt's folder."""
+    """Reads shards in blocks of at most `block_rows`, and notes each shard's rows in the attempt's folder.
 
-    def __init__(self, plan: InputPlan, csv_config: CsvConfig, attempt: AttemptFolder, block_rows: int) -> None:
+    `done` are the rows, by shard, that earlier attempts have accounted for: they are left out.
+    """
+
+    def __init__(
+        self,
+        plan: InputPlan,
+        csv_config: CsvConfig,
+        attempt: AttemptFolder,
+        block_rows: int,
+        done: Mapping[int, Sequence[Range]] | None = None,
+    ) -> None:
         super().__init__()
         self._plan = plan
+        self._done = done or {}
         self._csv_config = csv_config
         self._attempt = attempt
         self._block_rows = block_rows
@@ -60,9 +72,10 @@ class ShardSource(Datasource):  # type: ignore[misc]
             input_files=tuple(dict.fromkeys(shard.file.source_file for shard in shards)),
         )
         schema, csv_config, attempt, block_rows = self._plan.schema, self._csv_config, self._attempt, self._block_rows
+        done = {shard.index: self._done[shard.index] for shard in shards if shard.index in self._done}
 
         def read() -> Iterator[Block]:
-            yield from read_shards(shards, schema, csv_config, attempt, block_rows)
+            yield from read_shards(shards, schema, csv_config, attempt, block_rows, done)
 
         return ReadTask(read, metadata, schema=schema.arrow, per_task_row_limit=row_limit)
 
@@ -85,13 +98,19 @@ def group_shards(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], ...]:
 
 
 def read_shards(
-    shards: Sequence[Shard], schema: ReadSchema, csv_config: CsvConfig, attempt: AttemptFolder, block_rows: int
+    shards: Sequence[Shard],
+    schema: ReadSchema,
+    csv_config: CsvConfig,
+    attempt: AttemptFolder,
+    block_rows: int,
+    done: Mapping[int, Sequence[Range]],
 ) -> Iterator[pa.Table]:
-    """One read task: the blocks of its shards, then the note of how many rows each held."""
+    """One read task: the blocks of its shards less the rows that are done, then the note of how many rows each held."""
     rows_read = {shard.index: 0 for shard in shards}
     for shard in shards:
         for block in read_shard(shard, schema, csv_config, block_rows):
             rows_read[shard.index] += block.num_rows
             assert block.num_rows == 0 or block[SHARD][0].as_py() == shard.index
-            yield block
+            is_left = ~is_done(block[SOURCE_ROW].to_numpy(), done.get(shard.index, ()))
+            yield block if is_left.all() else block.filter(pa.array(is_left))
     attempt.write_reads(shards[0].index, json.dumps({str(index): rows for index, rows in rows_read.items()}))

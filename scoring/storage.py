@@ -309,16 +309,41 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create_exclusive(uri: str, data: bytes) -> bool:
     """Write the file only if there is none: True for the one caller that made it, False where it exists.
 
-    The name is taken at once; a local reader can see it empty until the bytes follow, and for good if the writer dies.
+    It appears with its bytes in it, but on a local file system without hard links: there a reader can see it empty until the
+    bytes follow, and for good if the writer dies.
     """
     fs, path = _writable(uri)
+    if is_local(uri):
+        return _link_exclusive(Path(path), data)
     try:
         # Not pipe_file(mode="create"): not every driver makes that exclusive.
-        with open(path, "xb") if is_local(uri) else fs.open(path, "xb") as file:
+        with fs.open(path, "xb") as file:
             file.write(data)
     except FileExistsError:
         return False
     return True
+
+
+def _link_exclusive(target: Path, data: bytes) -> bool:
+    if os.path.lexists(target):
+        return False
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+        try:
+            os.link(unfinished, target)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here
+            try:
+                with target.open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def replace(uri: str, data: bytes) -> None:

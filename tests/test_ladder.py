@@ -199,7 +199,7 @@ def test_actors_of_one_run_share_one_decision(
 ) -> None:
     uri = str(tmp_path / "engines" / "H100.json")
     (tmp_path / "engines").mkdir()
-    (tmp_path / "engines" / "open").touch()
+    (tmp_path / "open").touch()
     _, first = shared_engine(request_for(tmp_path), uri)
     # The clock of another actor would have preferred torch.
     other = machine["torch", "fp16"]
@@ -216,7 +216,7 @@ def test_actors_of_one_run_share_one_decision(
 def test_an_actor_that_cannot_have_the_shared_engine_says_so(machine: Machine, tmp_path: Path) -> None:
     uri = str(tmp_path / "engines" / "H100.json")
     (tmp_path / "engines").mkdir()
-    (tmp_path / "engines" / "open").touch()
+    (tmp_path / "open").touch()
     shared_engine(request_for(tmp_path), uri)
     machine["cuda", "fp16"] = EngineUnavailable("no driver")
     with pytest.raises(EngineError, match=r"cuda-fp16-H100 runs in another actor of this run and not here: no driver"):

@@ -1,41 +1,21 @@
-"""The ledger: ranges, checksums, accounts, claims, attempts and the order of publication, on files and on memory://."""
+"""The ledger: claims, attempts that take over from each other, and publication, on files and on memory://."""
 
-import itertools
 import json
 import logging
-import random
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-import scoring.ledger
+from scoring.accounts import PartFile, Receipt, ShardReceipt
 from scoring.config import Fingerprint
-from scoring.errors import FingerprintError, IncompleteError, QuarantineLimitError, ScoringError
-from scoring.ledger import (
-    Accounts,
-    AttemptFolder,
-    PartFile,
-    Receipt,
-    RunFolder,
-    ShardAccount,
-    ShardReceipt,
-    ShardRows,
-    add_up,
-    check_complete,
-    check_quarantine,
-    identity_checksum,
-    merge_ranges,
-    to_ranges,
-)
+from scoring.errors import FingerprintError, LockError
+from scoring.ledger import AttemptFolder, RunFolder, Taken, takes_decisions
+from scoring.lock import Hold
 from scoring.storage import exists, join, list_names, read_bytes, remove_tree, write_bytes
-
-MASK = 2**64 - 1
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -48,351 +28,42 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     remove_tree(folder)
 
 
-# --- ranges
-
-row_sets = st.sets(st.integers(0, 60) | st.integers(2**40, 2**40 + 10))
-
-
-def array(rows: Sequence[int]) -> Any:
-    return np.array(rows, dtype=np.int64)
+def started(run: RunFolder) -> Hold:
+    run.claim("d1", {"predictor": "aa"}, lambda parts: [])
+    hold = run.hold()
+    assert hold is not None
+    return hold
 
 
-@given(row_sets, st.randoms())
-def test_ranges_hold_the_rows_and_nothing_else(rows: set[int], shuffle: random.Random) -> None:
-    shuffled = list(rows)
-    shuffle.shuffle(shuffled)
-    ranges = to_ranges(array(shuffled))
-    assert [row for start, end in ranges for row in range(start, end)] == sorted(rows)
-    gaps = [following[0] - end for (_, end), following in itertools.pairwise(ranges)]
-    assert all(gap > 0 for gap in gaps)
-    assert all(type(bound) is int for pair in ranges for bound in pair)
+def write(attempt: AttemptFolder, task: int, rows: tuple[int, int], *, receipted: bool = True) -> Receipt:
+    """A task's part and, unless it is killed before, its receipt."""
+    path = attempt.write_part("scores", task, b"rows %d to %d" % rows)
+    file = PartFile(path, rows[1] - rows[0], 10, "ab" * 32, attempt.attempt, "torch")
+    receipt = Receipt(attempt.attempt, task, (file,), {0: ShardReceipt((rows,), (), 7)}, {"timeout": 1}, 0.5)
+    if receipted:
+        attempt.write_receipt(receipt)
+    return receipt
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [([], ()), ([5], ((5, 6),)), ([3, 1, 2], ((1, 4),)), ([0, 2, 3, 9], ((0, 1), (2, 4), (9, 10)))],
-)
-def test_to_ranges(rows: list[int], expected: tuple[tuple[int, int], ...]) -> None:
-    assert to_ranges(array(rows)) == expected
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=8))
-def test_merged_ranges_cover_the_same_rows_or_raise(pairs: list[tuple[int, int]]) -> None:
-    ranges = [(start, start + length) for start, length in pairs]
-    rows = [row for start, end in ranges for row in range(start, end)]
-    if len(set(rows)) < len(rows):
-        with pytest.raises(ScoringError, match="were written twice"):
-            merge_ranges(ranges, "a shard")
-        return
-    merged = merge_ranges(ranges, "a shard")
-    assert [row for start, end in merged for row in range(start, end)] == sorted(rows)
-    assert all(end < following for (_, end), (following, _) in itertools.pairwise(merged))
-
-
-@pytest.mark.parametrize(
-    ("ranges", "told"),
-    [([(0, 5), (3, 9)], "3 to 5"), ([(0, 9), (2, 4)], "2 to 4"), ([(7, 8), (0, 3), (7, 8)], "7 to 8")],
-)
-def test_overlaps_name_the_rows(ranges: list[tuple[int, int]], told: str) -> None:
-    with pytest.raises(ScoringError) as caught:
-        merge_ranges(ranges, "/d/a.csv shard 2")
-    assert str(caught.value) == f"/d/a.csv shard 2: rows {told} were written twice; nothing is published"
-
-
-# --- checksum: both hashes once more, from their specifications
-
-
-def rotate(value: int, bits: int) -> int:
-    return ((value << bits) | (value >> (64 - bits))) & MASK
-
-
-def xxh64(data: bytes) -> int:
-    p1, p2, p3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
-    p4, p5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
-
-    def step(lane: int, word: int) -> int:
-        return rotate((lane + word * p2) & MASK, 31) * p1 & MASK
-
-    lanes, at = [(p1 + p2) & MASK, p2, 0, -p1 & MASK], 0
-    while len(data) - at >= 32:
-        for i in range(4):
-            lanes[i] = step(lanes[i], int.from_bytes(data[at + 8 * i : at + 8 * i + 8], "little"))
-        at += 32
-    if at:
-        acc = sum(rotate(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True)) & MASK
-        for lane in lanes:
-            acc = ((acc ^ step(0, lane)) * p1 + p4) & MASK
-    else:
-        acc = p5
-    acc = (acc + len(data)) & MASK
-    while len(data) - at >= 8:
-        acc = (rotate(acc ^ step(0, int.from_bytes(data[at : at + 8], "little")), 27) * p1 + p4) & MASK
-        at += 8
-    if len(data) - at >= 4:
-        acc = (rotate(acc ^ (int.from_bytes(data[at : at + 4], "little") * p1 & MASK), 23) * p2 + p3) & MASK
-        at += 4
-    for byte in data[at:]:
-        acc = rotate(acc ^ (byte * p5 & MASK), 11) * p1 & MASK
-    acc = (acc ^ (acc >> 33)) * p2 & MASK
-    acc = (acc ^ (acc >> 29)) * p3 & MASK
-    return acc ^ (acc >> 32)
-
-
-def splitmix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & MASK
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
-    return value ^ (value >> 31)
-
-
-def checksum(source_file: str, rows: Sequence[int]) -> int:
-    start = xxh64(source_file.encode())
-    return sum(splitmix64((start + row) & MASK) for row in rows) & MASK
-
-
-def test_the_hashes_here_give_the_published_values() -> None:
-    assert xxh64(b"") == 0xEF46DB3751D8E999
-    assert xxh64(b"abc") == 0x44BC2CF5AD770999
-    assert splitmix64(0) == 0xE220A8397B1DCDAF
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), st.lists(st.integers(0, 2**62), max_size=20))
-def test_checksum_is_what_the_contract_says(source_file: str, rows: list[int]) -> None:
-    assert identity_checksum(source_file, array(rows)) == checksum(source_file, rows)
-
-
-def test_checksum_sees_a_loss_that_a_duplicate_hides() -> None:
-    rows = list(range(1000))
-    whole = checksum("/d/a.csv", rows)
-    shuffled = rows[500:] + rows[:500][::-1]
-    assert identity_checksum("/d/a.csv", array(shuffled)) == whole
-    assert identity_checksum("/d/a.csv", array([*rows[:-1], 0])) != whole
-    assert identity_checksum("/d/b.csv", array(rows)) != whole
-    assert identity_checksum("/d/a.csv", array([])) == 0
-    halves = identity_checksum("/d/a.csv", array(rows[::2])) + identity_checksum("/d/a.csv", array(rows[1::2]))
-    assert halves % 2**64 == whole
-
-
-# --- accounts
-
-
-def part(path: str, rows: int) -> PartFile:
-    return PartFile(path, rows, 100, "ab" * 32, "attempt", "torch")
-
-
-def receipt(
-    shards: Mapping[int, tuple[str, Sequence[int], Sequence[int]]],
-    *,
-    task: int = 0,
-    files: tuple[PartFile, ...] = (),
-    reasons: Mapping[str, int] | None = None,
-) -> Receipt:
-    """A task's receipt: shard -> (source file, rows scored, rows quarantined)."""
-    accounts = {
-        index: ShardReceipt(
-            tuple((row, row + 1) for row in scored),
-            tuple((row, row + 1) for row in bad),
-            checksum(source_file, [*scored, *bad]),
-        )
-        for index, (source_file, scored, bad) in shards.items()
+def manifest_of(attempt: AttemptFolder) -> dict[str, Any]:
+    files = [vars(file) for receipt in attempt.receipts() for file in receipt.files]
+    return {
+        "version": 1,
+        "files": files,
+        "fingerprint": {"digest": "d1", "parts": {"predictor": "aa", "gone": "x"}},
     }
-    return Receipt("attempt", task, files, accounts, reasons or {}, 0.5)
 
 
-PARQUET = ShardRows(0, "/d/a.parquet", first_row=10, num_rows=4)
-CSV = ShardRows(1, "/d/b.csv", first_row=0, num_rows=None)
+def publish(run: RunFolder) -> dict[str, Any]:
+    hold = started(run)
+    attempt = run.begin(hold)
+    write(attempt, 0, (0, 5))
+    manifest = manifest_of(attempt)
+    run.commit(hold, attempt, manifest, "input: {}\n")
+    return manifest
 
 
-def test_receipts_of_several_tasks_add_up() -> None:
-    first = receipt(
-        {0: (PARQUET.source_file, [13, 10], []), 1: (CSV.source_file, [0], [2])},
-        files=(part("scores/1", 3), part("quarantine/1", 1)),
-        reasons={"row_malformed": 1},
-    )
-    second = receipt(
-        {0: (PARQUET.source_file, [11], [12]), 1: (CSV.source_file, [1], [])},
-        task=1,
-        files=(part("scores/2", 2),),
-        reasons={"row_malformed": 1, "image_missing": 3},
-    )
-    accounts = add_up([PARQUET, CSV], {1: 3}, [first, second])
-    assert accounts.is_complete
-    assert accounts.shards == (
-        ShardAccount("/d/a.parquet", 0, 4, 3, 1, f"{checksum('/d/a.parquet', [10, 11, 12, 13]):016x}", "complete"),
-        ShardAccount("/d/b.csv", 1, 3, 2, 1, f"{checksum('/d/b.csv', [0, 1, 2]):016x}", "complete"),
-    )
-    assert accounts.totals == {"rows_read": 7, "rows_scored": 5, "rows_quarantined": 2}
-    assert accounts.reasons == {"row_malformed": 2, "image_missing": 3}
-    assert [file.path for file in accounts.files] == ["scores/1", "quarantine/1", "scores/2"]
-    check_complete(accounts)
-
-
-@pytest.mark.parametrize(
-    ("scored", "bad"),
-    [
-        ([10, 11, 12], []),
-        ([11, 12, 13], []),
-        ([10, 13], [11]),
-        ([10, 11, 12, 13, 14], []),
-        ([9, 10, 11, 12], []),
-        ([], []),
-    ],
-)
-def test_a_missing_or_foreign_row_leaves_the_shard_incomplete(scored: list[int], bad: list[int]) -> None:
-    accounts = add_up([PARQUET], {}, [receipt({0: (PARQUET.source_file, scored, bad)})])
-    assert accounts.shards[0].state == "incomplete"
-    with pytest.raises(IncompleteError) as caught:
-        check_complete(accounts)
-    assert str(caught.value) == (
-        f"1 of 1 shards are incomplete (/d/a.parquet shard 0: 4 read, {len(scored)} scored, {len(bad)} quarantined); "
-        "nothing is published, rerun the same command"
-    )
-
-
-def test_ranges_that_tile_with_another_checksum_are_incomplete() -> None:
-    tiling = ShardReceipt(((10, 14),), (), checksum(PARQUET.source_file, [10, 11, 12, 12]))
-    assert not add_up([PARQUET], {}, [Receipt("a", 0, (), {0: tiling}, {}, 0.0)]).is_complete
-
-
-def test_a_row_both_scored_and_quarantined_is_an_error() -> None:
-    with pytest.raises(ScoringError, match=r"^/d/a\.parquet shard 0: rows 11 to 12 were written twice"):
-        add_up([PARQUET], {}, [receipt({0: (PARQUET.source_file, [10, 11], [])}), receipt({0: ("", [], [11])}, task=1)])
-
-
-def test_a_csv_shard_needs_the_note_of_its_reader() -> None:
-    rows = receipt({1: (CSV.source_file, [0, 1], [])})
-    without = add_up([CSV], {}, [rows])
-    assert (without.shards[0].state, without.shards[0].rows_read) == ("incomplete", 0)
-    assert add_up([CSV], {1: 3}, [rows]).shards[0].state == "incomplete"
-    assert add_up([CSV], {1: 2}, [rows]).shards[0].state == "complete"
-    assert add_up([CSV], {1: 0}, []).shards[0].state == "complete"
-    assert add_up([CSV], {}, []).shards[0].state == "incomplete"
-
-
-def test_a_parquet_shard_goes_by_its_footer_not_by_the_note() -> None:
-    rows = receipt({0: (PARQUET.source_file, [10, 11, 12], [])})
-    assert not add_up([PARQUET], {0: 3}, [rows]).is_complete
-
-
-def test_a_run_without_rows_is_complete() -> None:
-    nothing = add_up([], {}, [])
-    assert nothing.is_complete
-    assert nothing.totals == {"rows_read": 0, "rows_scored": 0, "rows_quarantined": 0}
-    empty = add_up([ShardRows(0, "/d/a.parquet", 0, 0)], {}, [])
-    assert empty.shards == (ShardAccount("/d/a.parquet", 0, 0, 0, 0, "0" * 16, "complete"),)
-    check_complete(empty)
-    check_quarantine(empty, 0.0)
-
-
-def test_incomplete_shards_name_the_first_three() -> None:
-    shards = [ShardRows(i, f"/d/{i}.csv", 0, None) for i in range(5)]
-    with pytest.raises(
-        IncompleteError, match=r"^4 of 5 shards are incomplete \(/d/1\.csv.*/d/2\.csv.*/d/3\.csv.*\)"
-    ) as caught:
-        check_complete(add_up(shards, {0: 0}, []))
-    assert "/d/4.csv" not in str(caught.value)
-
-
-def accounts_of(read: int, bad: int, reasons: Mapping[str, int] | None = None) -> Accounts:
-    return Accounts(
-        (ShardAccount("/d/a", 0, read, read - bad, bad, "0", "complete"),), (), reasons or {"row_malformed": bad}
-    )
-
-
-@pytest.mark.parametrize(
-    ("read", "bad", "limit"),
-    [(100, 1, 0.01), (100, 0, 0.0), (100, 100, 1.0), (100, 29, 0.29), (1000, 57, 0.057), (7, 0, 0.0)],
-)
-def test_quarantine_up_to_the_limit_passes(read: int, bad: int, limit: float) -> None:
-    check_quarantine(accounts_of(read, bad), limit)
-
-
-@pytest.mark.parametrize(("read", "bad", "limit"), [(100, 2, 0.01), (100, 1, 0.0), (99, 1, 0.01), (100, 30, 0.29)])
-def test_quarantine_over_the_limit_fails(read: int, bad: int, limit: float) -> None:
-    with pytest.raises(QuarantineLimitError):
-        check_quarantine(accounts_of(read, bad), limit)
-
-
-def test_quarantine_limit_tells_the_top_reasons() -> None:
-    reasons = {"image_missing": 3, "number_invalid": 20, "row_malformed": 1, "image_undecodable": 7}
-    with pytest.raises(QuarantineLimitError) as caught:
-        check_quarantine(accounts_of(1240, 31, reasons), 0.01)
-    assert str(caught.value) == (
-        "quarantine.max_fraction: 31 of 1240 rows (2.50 %) are in quarantine, the limit is 1.00 % (number_invalid 20, "
-        "image_undecodable 7, image_missing 3); nothing is published. Repair the input, or raise the limit"
-    )
-
-
-# --- attempts
-
-
-def test_attempt_keeps_parts_notes_and_receipts(output: str) -> None:
-    attempt = AttemptFolder(join(output, "runs", "r"), "20240101-ab")
-    assert attempt.write_part("scores", 7, b"rows") == "scores/part-20240101-ab-000007.parquet"
-    assert read_bytes(join(output, "runs", "r", "scores", "part-20240101-ab-000007.parquet")) == b"rows"
-    assert (attempt.read_notes(), attempt.receipts()) == ({}, [])
-    attempt.write_reads(0, '{"0": 5, "1": 2}')
-    attempt.write_reads(12, '{"12": 9}')
-    attempt.write_reads(0, '{"0": 5, "1": 3}')  # a retried task
-    assert attempt.read_notes() == {0: 5, 1: 3, 12: 9}
-    written = [
-        receipt(
-            {3: ("/d/\u00e4.csv", [1, 2], [0])}, task=task, files=(part("scores/x", 2),), reasons={"row_malformed": 1}
-        )
-        for task in (11, 2)
-    ]
-    for item in (*written, written[0]):
-        attempt.write_receipt(item)
-    assert attempt.receipts() == [written[1], written[0]]
-    assert list_names(join(output, "runs", "r")) == ["_work", "scores"]
-
-
-def test_receipts_survive_json_exactly() -> None:
-    whole = Receipt(
-        "a",
-        3,
-        (part("scores/x", 2),),
-        {12: ShardReceipt(((0, 5), (7, 9)), ((5, 7),), 2**64 - 1)},
-        {"timeout": 2},
-        0.1 + 0.2,
-    )
-    assert Receipt.from_json(whole.to_json()) == whole
-
-
-def test_attempts_are_listed_in_order_and_discarded_with_their_parts(
-    output: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = RunFolder(output, "r")
-    assert run.attempts() == []
-    run.claim("d1", {"predictor": "p"}, lambda parts: [])
-    for name in ("20240102-bb", "20240101-aa"):
-        attempt = AttemptFolder(run.uri, name)
-        attempt.write_part("scores", 0, b"s")
-        attempt.write_part("quarantine", 0, b"q")
-        attempt.write_receipt(receipt({}))
-    assert run.attempts() == [AttemptFolder(run.uri, "20240101-aa"), AttemptFolder(run.uri, "20240102-bb")]
-    with caplog.at_level(logging.WARNING):
-        run.discard_attempts()
-    assert caplog.messages == [
-        f"run r: attempt {name} did not finish; its rows are scored again" for name in ("20240101-aa", "20240102-bb")
-    ]
-    assert run.attempts() == []
-    assert not exists(join(run.uri, "scores"))
-    assert not exists(join(run.uri, "quarantine"))
-    with pytest.raises(FingerprintError):
-        run.claim("d2", {}, lambda parts: [])
-
-
-# --- claims and publication
-
-
-MANIFEST = {"version": 1, "run_id": "r1", "fingerprint": {"digest": "d1", "parts": {"predictor": "aa", "gone": "x"}}}
-
-
-def publish(run: RunFolder, run_id: str = "r1") -> None:
-    """Publish as a run does: claimed before, so that there is a `_work`."""
-    write_bytes(join(run.uri, "_work", "fingerprint.json"), json.dumps(MANIFEST["fingerprint"]).encode())
-    run.publish({**MANIFEST, "run_id": run_id}, "input: {}\n")
+# --- claims
 
 
 def test_claim_is_idempotent_and_leaves_the_fingerprint(output: str) -> None:
@@ -404,22 +75,27 @@ def test_claim_is_idempotent_and_leaves_the_fingerprint(output: str) -> None:
 
 
 @pytest.mark.parametrize("is_published", [False, True])
-def test_claim_refuses_another_fingerprint_and_names_what_differs(output: str, is_published: bool) -> None:
+def test_another_fingerprint_is_refused_and_what_differs_is_named(output: str, is_published: bool) -> None:
     run = RunFolder(output, "r1")
     before = Fingerprint("d1", {"predictor": "aa", "gone": "x"})
     now = Fingerprint("d2", {"predictor": "bb", "new": "y"})
     run.claim(before.digest, before.parts, before.differences)
     if is_published:
         publish(run)
-    with pytest.raises(FingerprintError) as caught:
-        run.claim(now.digest, now.parts, now.differences)
-    assert str(caught.value).splitlines() == [
-        f"run.id: r1 at {run.uri} is a run of something else; choose another --run-id, or drop it",
-        "gone: gone (was x)",
-        "new: added (y)",
-        "predictor: was aa, now bb",
+    refusals: list[Callable[[], None]] = [
+        partial(run.claim, now.digest, now.parts, now.differences),
+        partial(run.check_fingerprint, now.digest, now.differences),
     ]
-    run.claim(before.digest, before.parts, before.differences)
+    for refuse in refusals:
+        with pytest.raises(FingerprintError) as caught:
+            refuse()
+        assert str(caught.value).splitlines() == [
+            f"run.id: r1 at {run.uri} is a run of something else; choose another --run-id, or drop it",
+            "gone: gone (was x)",
+            "new: added (y)",
+            "predictor: was aa, now bb",
+        ]
+    run.check_fingerprint(before.digest, before.differences)
 
 
 def test_a_driver_killed_while_claiming_leaves_no_half_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,72 +112,166 @@ def raise_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+# --- attempts
+
+
+def test_an_attempt_keeps_parts_notes_and_receipts(output: str) -> None:
+    attempt = AttemptFolder(join(output, "runs", "r"), "20240101-ab")
+    assert attempt.write_part("scores", 7, b"rows") == "scores/part-20240101-ab-000007.parquet"
+    assert read_bytes(join(output, "runs", "r", "scores", "part-20240101-ab-000007.parquet")) == b"rows"
+    assert (attempt.read_notes(), attempt.receipts()) == ({}, [])
+    attempt.write_reads(0, '{"0": 5, "1": 2}')
+    attempt.write_reads(12, '{"12": 9}')
+    attempt.write_reads(0, '{"0": 5, "1": 3}')  # a retried task
+    assert attempt.read_notes() == {0: 5, 1: 3, 12: 9}
+    written = [write(attempt, task, (10 * task, 10 * task + 5)) for task in (11, 2)]
+    attempt.write_receipt(written[0])
+    assert attempt.receipts() == [written[1], written[0]]
+
+
+def test_an_attempt_takes_over_what_has_a_receipt_and_the_rest_is_gone(
+    output: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(output, "r1")
+    hold = started(run)
+    first = run.begin(hold)
+    assert first.is_open
+    done = write(first, 0, (0, 5))
+    write(first, 1, (5, 9), receipted=False)
+    first.write_reads(0, '{"0": 40}')
+    write_bytes(join(first.decisions_uri, "cpu.json"), b'{"provider": "torch"}')
+    write_bytes(join(first.decisions_uri, "refused-ab.json"), b"{}")
+    hold.release()
+    with caplog.at_level(logging.INFO):
+        second = run.begin(started(run))
+    assert "run r1: 5 rows are done already; the rest is scored" in caplog.text
+    assert (second.receipts(), second.read_notes()) == ([done], {0: 40})
+    assert second.decisions() == {"cpu": {"provider": "torch"}}, "the run's scores come from one engine"
+    assert list_names(join(run.uri, "scores")) == [done.files[0].path.removeprefix("scores/")]
+    assert [attempt.attempt for attempt in run.attempts()] == [second.attempt]
+
+
+def test_what_a_task_of_an_older_attempt_adds_later_does_not_count_and_is_swept(output: str) -> None:
+    run = RunFolder(output, "r1")
+    hold = started(run)
+    first = run.begin(hold)
+    done = write(first, 0, (0, 5))
+    hold.release()
+    hold = started(run)
+    second = run.begin(hold)
+    assert not first.is_open, "its tasks are told not to write"
+    assert not takes_decisions(join(first.decisions_uri, "cpu.json"))
+    write(first, 1, (5, 9))
+    own = write(second, 0, (5, 9))
+    assert second.receipts() == [done, own]
+    run.commit(hold, second, manifest_of(second), "")
+    kept = [file.path.removeprefix("scores/") for item in (done, own) for file in item.files]
+    assert list_names(join(run.uri, "scores")) == sorted(kept)
+    assert not exists(join(run.uri, "_work"))
+    assert not second.is_open
+
+
+def test_an_attempt_that_died_before_it_froze_its_start_changes_nothing(output: str) -> None:
+    run = RunFolder(output, "r1")
+    hold = started(run)
+    first = run.begin(hold)
+    done = write(first, 0, (0, 5))
+    hold.release()
+    hold = started(run)
+    torn = AttemptFolder(run.uri, f"{hold.number:08d}-0-dead")
+    write_bytes(join(torn.decisions_uri, "cpu.json"), b"{}")
+    hold.release()
+    third = run.begin(started(run))
+    assert third.receipts() == [done]
+    assert torn.attempt not in [attempt.attempt for attempt in run.attempts()]
+
+
+def test_one_holder_may_begin_again_and_decide_anew(output: str) -> None:
+    run = RunFolder(output, "r1")
+    hold = started(run)
+    first = run.begin(hold)
+    write_bytes(join(first.decisions_uri, "h100.json"), b"{}")
+    second = run.begin(hold, decides_anew=True)
+    assert second.attempt > first.attempt
+    assert second.decisions() == {}
+    assert second.is_open
+    assert not first.is_open
+
+
+def test_what_was_taken_survives_json(output: str) -> None:
+    receipt = write(AttemptFolder(join(output, "runs", "r"), "a"), 3, (0, 2**40))
+    taken = Taken((receipt,), {7: 3})
+    assert Taken.from_json(taken.to_json()) == taken
+
+
+# --- publication
+
+
 def test_publish_writes_everything_and_drops_the_work(output: str) -> None:
     run = RunFolder(output, "r1")
-    run.claim("d1", {}, lambda parts: [])
-    AttemptFolder(run.uri, "a").write_part("scores", 0, b"rows")
     assert not run.is_published
-    publish(run)
+    manifest = publish(run)
     assert run.is_published
     assert list_names(run.uri) == ["_SUCCESS", "config.yaml", "manifest.json", "scores"]
-    assert run.read_manifest() == MANIFEST
+    assert run.read_manifest() == manifest
     assert read_bytes(join(run.uri, "manifest.json")).decode().endswith("}\n")
     assert read_bytes(join(run.uri, "_SUCCESS")) == b""
     assert read_bytes(join(run.uri, "config.yaml")) == b"input: {}\n"
     assert json.loads(read_bytes(join(output, "latest.json"))) == {"run_id": "r1", "manifest": "runs/r1/manifest.json"}
+    assert len(list_names(join(output, "_publish"))) == 1, "the publisher's lock keeps one entry, released"
+    run.finish()
+    assert not exists(join(run.uri, "_work"))
 
 
-def test_publish_in_an_order_that_a_crash_cannot_turn_into_a_lie(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(RunFolder(output, "old"), "old")
-    order: list[str] = []
-    crash_at = 0
-
-    def recording(operation: Any) -> Any:
-        def call(uri: str, *args: bytes) -> None:
-            if len(order) == crash_at:
-                raise KeyboardInterrupt
-            order.append(uri.removeprefix(f"{output}/"))
-            operation(uri, *args)
-
-        return call
-
-    for name in ("write_bytes", "replace", "remove_tree"):
-        monkeypatch.setattr(scoring.ledger, name, recording(getattr(scoring.ledger, name)))
-    expected = [f"runs/r1/{name}" for name in ("config.yaml", "manifest.json", "_SUCCESS")] + [
-        "latest.json",
-        "runs/r1/_work",
-    ]
+def test_a_committed_run_is_finished_by_whoever_comes(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(RunFolder(output, "old"))
     run = RunFolder(output, "r1")
-    for crash_at in range(5):
-        order.clear()
-        with pytest.raises(KeyboardInterrupt):
-            publish(run)
-        assert order == expected[:crash_at]
-        assert run.is_published == (crash_at >= 3)
-        latest = json.loads(read_bytes(join(output, "latest.json")))["run_id"]
-        assert latest == ("r1" if crash_at >= 4 else "old")
-    order.clear()
-    crash_at = 9
-    publish(run)
-    assert order == expected
+    hold = started(run)
+    attempt = run.begin(hold)
+    write(attempt, 0, (0, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda self: None)
+        run.commit(hold, attempt, manifest_of(attempt), "")
+    assert not run.is_published
+    assert run.hold() is None, "there is nothing left to hold"
+    run.finish()
+    assert run.is_published
+    assert json.loads(read_bytes(join(output, "latest.json")))["run_id"] == "r1"
 
 
 def test_a_rerun_of_an_older_run_leaves_latest_and_mends_a_publication_cut_off_before_it(output: str) -> None:
     for name in ("r1", "r2"):
-        publish(RunFolder(output, name), name)
+        publish(RunFolder(output, name))
     latest = join(output, "latest.json")
-    RunFolder(output, "r1").finish_publication()
+    RunFolder(output, "r1").finish()
     assert json.loads(read_bytes(latest))["run_id"] == "r2"
     # `_work` is dropped after `latest.json`: while it is there, the pointer may not have been written.
     run = RunFolder(output, "r1")
     write_bytes(join(run.uri, "_work", "fingerprint.json"), b"{}")
-    run.finish_publication()
+    run.finish()
     assert json.loads(read_bytes(latest))["run_id"] == "r1"
     assert not exists(join(run.uri, "_work"))
 
 
-def test_stray_files_beside_the_attempts_are_no_attempts(output: str) -> None:
-    run = RunFolder(output, "r1")
-    write_bytes(join(run.uri, "_work", "fingerprint.json"), b'{"digest": "d", "parts": {}}')
-    write_bytes(join(run.uri, "_work", "a", "receipts", "00000000.json"), receipt({}).to_json().encode())
-    assert [attempt.attempt for attempt in run.attempts()] == ["a"]
+def test_a_driver_that_was_taken_over_cannot_commit_begin_or_bring_the_work_back(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path), "r1", lease_s=0.4)
+    zombie = started(run)
+    old = run.begin(zombie)
+    write(old, 0, (0, 5))
+    zombie.end()  # its heartbeat stands still
+    successor = RunFolder(str(tmp_path), "r1", lease_s=0.4)
+    hold = successor.hold()
+    assert hold is not None
+    new = successor.begin(hold)
+    with pytest.raises(LockError, match="another process took over while this one did not answer"):
+        run.begin(zombie)
+    with pytest.raises(LockError, match="another process took over"):
+        run.commit(zombie, old, {"files": []}, "")
+    assert not run.is_published
+    write(new, 0, (5, 9))
+    successor.commit(hold, new, manifest_of(new), "")
+    with pytest.raises(LockError):
+        zombie.check()
+    zombie.release()
+    assert list_names(run.uri) == ["_SUCCESS", "config.yaml", "manifest.json", "scores"]
+    assert len(list_names(join(run.uri, "scores"))) == 2
