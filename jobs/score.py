@@ -43,6 +43,9 @@ def score(
     run_id: Annotated[
         str | None, typer.Option(help="Name of the run; derived from its fingerprint if not given.")
     ] = None,
+    retry_quarantine: Annotated[
+        str | None, typer.Option(help="A published run: keep its scores, try its quarantined rows again.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
 ) -> None:
     """Score every row of the input and write scores, quarantine and a manifest below --output."""
@@ -53,7 +56,7 @@ def score(
         "output.path": output,
         "run.id": run_id,
     }
-    raise typer.Exit(_finish(lambda summary: _score(config, flags, set or [], dry_run, summary)))
+    raise typer.Exit(_finish(lambda summary: _score(config, flags, set or [], retry_quarantine, dry_run, summary)))
 
 
 def _finish(work: "Any") -> int:
@@ -86,7 +89,12 @@ def _scoring_cause(error: BaseException) -> ScoringError | None:
 
 
 def _score(
-    file: str | None, flags: dict[str, Any], overrides: list[str], dry_run: bool, summary: dict[str, Any]
+    file: str | None,
+    flags: dict[str, Any],
+    overrides: list[str],
+    retry_of: str | None,
+    dry_run: bool,
+    summary: dict[str, Any],
 ) -> None:
     config = load_config(file=file, flags=flags, overrides=overrides, cwd=Path.cwd())
     for key, value in describe(config):
@@ -98,7 +106,7 @@ def _score(
 
     timings = Timings()
     start = time.perf_counter()
-    plan = prepare(config, timings, start_ray=lambda: _start_ray(ray))
+    plan = prepare(config, timings, start_ray=lambda: _start_ray(ray), retry_of=retry_of)
     summary["run_id"] = plan.run.run_id
     if dry_run:
         _print_plan(plan)

@@ -127,10 +127,8 @@ def add_up(shards: Sequence[ShardRows], notes: Mapping[int, int], receipts: Sequ
         for index, part in receipt.shards.items():
             by_shard.setdefault(index, []).append(part)
     accounts = tuple(_shard_account(shard, notes, by_shard.get(shard.index, [])) for shard in shards)
-    reasons = Counter[str]()
-    for receipt in receipts:
-        reasons.update(receipt.reasons)
-    return Accounts(accounts, tuple(file for receipt in receipts for file in receipt.files), reasons)
+    files = tuple(file for receipt in receipts for file in receipt.files)
+    return Accounts(accounts, files, sum_reasons(receipts))
 
 
 def _shard_account(shard: ShardRows, notes: Mapping[int, int], parts: Sequence[ShardReceipt]) -> ShardAccount:
@@ -227,14 +225,21 @@ def check_complete(accounts: Accounts) -> None:
         )
 
 
-def check_quarantine(accounts: Accounts, max_fraction: float) -> None:
-    """Raise QuarantineLimitError when more of the rows than `max_fraction` are in quarantine."""
-    totals = accounts.totals
-    bad, read = totals["rows_quarantined"], totals["rows_read"]
-    # Not bad > max_fraction * read: 0.29 * 100 is less than 29.
-    if read and bad / read > max_fraction:
-        top = ", ".join(f"{reason} {count}" for reason, count in Counter(accounts.reasons).most_common(_TOP_REASONS))
+def check_quarantine(reasons: Mapping[str, int], rows: int, max_fraction: float) -> None:
+    """Raise QuarantineLimitError when more of the `rows` than `max_fraction` are in quarantine, for these reasons."""
+    bad = sum(reasons.values())
+    # Not bad > max_fraction * rows: 0.29 * 100 is less than 29.
+    if rows and bad / rows > max_fraction:
+        top = ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common(_TOP_REASONS))
         raise QuarantineLimitError(
-            f"quarantine.max_fraction: {bad} of {read} rows ({100 * bad / read:.2f} %) are in quarantine, the limit is "
+            f"quarantine.max_fraction: {bad} of {rows} rows ({100 * bad / rows:.2f} %) are in quarantine, the limit is "
             f"{100 * max_fraction:.2f} % ({top}); nothing is published. Repair the input, or raise the limit"
         )
+
+
+def sum_reasons(receipts: Iterable[Receipt]) -> Counter[str]:
+    """Rows in quarantine by reason."""
+    reasons = Counter[str]()
+    for receipt in receipts:
+        reasons.update(receipt.reasons)
+    return reasons

@@ -597,6 +597,10 @@ class Fingerprint:
         """The id of a run that was not given one."""
         return self.digest[:16]
 
+    def with_part(self, name: str, value: str) -> "Fingerprint":
+        """The same with one more ingredient."""
+        return _digested({**self.parts, name: value})
+
     def differences(self, other_parts: Mapping[str, str]) -> list[str]:
         """What differs from an earlier run's parts, one text each, sorted by ingredient; [] for the same run."""
         keys = sorted({*self.parts, *other_parts})
@@ -617,6 +621,10 @@ def fingerprint(
     for file in listing:
         files.setdefault(f"input file {redact(file.uri)}", set()).add(f"{file.size_bytes} bytes, {file.version}")
     parts |= {name: "; ".join(sorted(versions)) for name, versions in files.items()}
+    return _digested(parts)
+
+
+def _digested(parts: dict[str, str]) -> Fingerprint:
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), parts)
 

@@ -234,17 +234,18 @@ class RunFolder:
         names = [name for name in list_names(join(self.uri, "_work")) if not name.endswith(".json") and name != "chain"]
         return [AttemptFolder(self.uri, name) for name in sorted(names)]
 
-    def begin(self, hold: Hold, *, decides_anew: bool = False) -> AttemptFolder:
+    def begin(self, hold: Hold, *, decides_anew: bool = False, first: Callable[[], Taken] = Taken) -> AttemptFolder:
         """A new attempt, from what earlier ones left; their tasks may not write any more, and what does not count is gone.
 
-        It scores with the engine that was decided on before, so that a run's scores come from one, unless `decides_anew`.
+        It scores with the engine that was decided on before, so that a run's scores come from one, unless `decides_anew`. The
+        run's first attempt starts from what `first` gives.
         """
         hold.check()
         earlier = self.attempts()
         for attempt in earlier:
             attempt.close()
         last = next((attempt for attempt in reversed(earlier) if attempt.has_begun), None)
-        taken = Taken(tuple(last.receipts()), last.read_notes()) if last else Taken()
+        taken = Taken(tuple(last.receipts()), last.read_notes()) if last else first()
         decisions = {} if last is None or decides_anew else _settled_decisions(last)
         serial = sum(attempt.attempt.startswith(f"{hold.number:08d}-") for attempt in earlier)
         new = AttemptFolder(self.uri, f"{hold.number:08d}-{serial}-{secrets.token_hex(4)}")

@@ -41,6 +41,7 @@ from scoring.predictor import (
     refuse_unsupported,
     store_spec,
 )
+from scoring.retry import retry_fingerprint
 from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import InputPlan, inspect_files, list_inputs, plan_inputs
@@ -75,6 +76,10 @@ class Plan:
     pools: Pools
     decode: DecodePlan
     flow: Flow
+    total_rows: int
+    """The whole run's rows, those of CSV files estimated."""
+    retry_of: RunFolder | None = None
+    """The run whose scores are kept and whose quarantined rows are tried again."""
     done: Mapping[int, Sequence[Range]] = field(default_factory=dict)
     """Rows of the inputs' shards, by shard, that earlier attempts have accounted for."""
 
@@ -94,8 +99,12 @@ class Timings:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
-def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]) -> Plan:
+def prepare(
+    config: ScoreConfig, timings: Timings, start_ray: Callable[[], None], *, retry_of: str | None = None
+) -> Plan:
     """Check everything that can be checked before a row is read; writes nothing but the caches.
+
+    `retry_of` names a published run whose quarantined rows are to be tried again.
 
     `start_ray` is called where Ray is first needed: bad input and a refused predictor are told before that. Raises
     ConfigError, PredictorError, InputError.
@@ -116,13 +125,17 @@ def prepare(config: ScoreConfig, timings: Timings, start_ray: Callable[[], None]
             spec = _extract_spec(predictor_hash, config)
     inputs = plan_inputs(files, spec, config.input, reserved_names(spec))
     mark = fingerprint(config, predictor_hash=predictor_hash, listing=listing, scores_version=SCORES_VERSION)
+    old = RunFolder(config.output.path, retry_of) if retry_of else None
+    if old is not None:
+        mark = retry_fingerprint(mark, old)
     run = RunFolder(config.output.path, config.run.id or mark.run_id)
     with timings.phase("ray_init_s"):
         start_ray()
     pools = size_pools(config, ray.cluster_resources())
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
-    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow)
+    rows = inputs.estimated_rows
+    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow, rows, old)
 
 
 def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> DecodePlan:
@@ -289,7 +302,9 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     logger.info("run %s: attempt %s, %s, %s, %s", plan.run.run_id, attempt.attempt, plan.pools, plan.flow, plan.decode)
     write_bytes(join(attempt.decisions_uri, f"{IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
     dataset = score_features(read_features(plan, attempt), plan, attempt)
-    sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows)
+    # A CSV's rows are an estimate until it is read: there only the end tells.
+    limit = (plan.total_rows, plan.config.quarantine.max_fraction) if plan.inputs.has_exact_rows else None
+    sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows, limit)
     try:
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})
     except Exception as error:

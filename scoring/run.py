@@ -7,16 +7,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from scoring.accounts import Accounts, ShardRows, add_up, check_complete, check_quarantine, done_ranges
 from scoring.config import resolved_yaml
 from scoring.decoding import DecodePlan
 from scoring.errors import DecoderError, ParityError
-from scoring.ledger import MANIFEST_VERSION, AttemptFolder
+from scoring.ledger import MANIFEST_VERSION, AttemptFolder, Taken
 from scoring.lock import Hold
 from scoring.parts import PartSchemas, write_part
 from scoring.pipeline import IMAGES, Plan, Timings, check_output, score
+from scoring.retry import take_scores
 from scoring.shards import Shard
 from scoring.sizing import size_flow
 from scoring.storage import redact
@@ -56,7 +58,7 @@ def run(plan: Plan, timings: Timings) -> Outcome:
         with timings.phase("publish_s"):
             accounts = _accounts(plan, attempt)
             check_complete(accounts)
-            check_quarantine(accounts, plan.config.quarantine.max_fraction)
+            check_quarantine(accounts.reasons, accounts.totals["rows_read"], plan.config.quarantine.max_fraction)
             accounts = _with_scores_part(plan, attempt, accounts)
         manifest = _manifest(plan, accounts, timings, attempt.decisions())
         plan.run.commit(hold, attempt, manifest, resolved_yaml(plan.config))
@@ -71,7 +73,9 @@ def run(plan: Plan, timings: Timings) -> Outcome:
 
 def _score_all(plan: Plan, hold: Hold, *, decides_anew: bool = False) -> tuple[AttemptFolder, dict[str, float]]:
     """Score what is left in a new attempt; where `images.decode=auto` took a way that parity refuses, in an exact one."""
-    attempt = plan.run.begin(hold, decides_anew=decides_anew)
+    old = plan.retry_of
+    first = partial(take_scores, old, plan.run, plan.inputs.shards) if old else Taken
+    attempt = plan.run.begin(hold, decides_anew=decides_anew, first=first)
     left = _left(plan, attempt)
     if not left.inputs.shards:
         return attempt, {}

@@ -10,15 +10,22 @@ import pyarrow as pa
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink
 
+from scoring.accounts import check_quarantine, sum_reasons
 from scoring.ledger import AttemptFolder
 from scoring.parts import PartSchemas, write_task
 
 
 class PartSink(Datasink[None]):  # type: ignore[misc]
-    """Writes each task's rows as one part of scores and, where there are bad rows, one of quarantine, then the receipt."""
+    """Writes each task's rows as one part of scores and, where there are bad rows, one of quarantine, then the receipt.
 
-    def __init__(self, attempt: AttemptFolder, schemas: PartSchemas, part_rows: int) -> None:
+    `limit`: the run's rows and the share of them that may be bad; a run that is past it already is stopped at once.
+    """
+
+    def __init__(
+        self, attempt: AttemptFolder, schemas: PartSchemas, part_rows: int, limit: tuple[int, float] | None = None
+    ) -> None:
         super().__init__()
+        self._limit = limit
         self._attempt = attempt
         self._schemas = schemas
         self._part_rows = part_rows
@@ -29,9 +36,15 @@ class PartSink(Datasink[None]):  # type: ignore[misc]
         return self._part_rows
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> None:
-        """Write one task's blocks. A retried task writes the same names again: no row is there twice."""
+        """Write one task's blocks. A retried task writes the same names again: no row is there twice.
+
+        Raises QuarantineLimitError where the bad rows so far are too many, whatever the rest is like.
+        """
         tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
         tables = [table for table in tables if table.num_rows]
         if tables:
             task: int = ctx.task_idx
-            write_task(pa.concat_tables(tables), task, self._attempt, self._schemas)
+            receipt = write_task(pa.concat_tables(tables), task, self._attempt, self._schemas)
+            if receipt.reasons and self._limit is not None:
+                rows, max_fraction = self._limit
+                check_quarantine(sum_reasons(self._attempt.receipts()), rows, max_fraction)

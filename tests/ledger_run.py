@@ -16,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scoring import run as runs
-from scoring.columns import SOURCE_ROW
+from scoring.columns import SOURCE_ROW, mark_rows
 from scoring.config import fingerprint, load_config
 from scoring.decoding import DecodePlan
+from scoring.errors import Reason, Stage
 from scoring.ledger import AttemptFolder, RunFolder
 from scoring.parts import PartSchemas, reserved_names, write_task
 from scoring.pipeline import Plan, Timings
+from scoring.retry import retry_fingerprint
 from scoring.shards import inspect_files, list_inputs, plan_inputs
 from scoring.sizing import size_flow, size_pools
 from scoring.source import read_shards
@@ -30,6 +32,8 @@ from scoring.steps import KILL_AT
 
 RUN_ID = "named"
 TASK_ROWS = 70
+# While this file lies in the working folder, every 50th row but one fails in the scorer.
+FAULTY = "faulty"
 LEASE_S = 2.0
 SPEC = FeatureSpec(
     "y", "binary", (0, 1), (NumericalColumn("x", 0.0, 1.0, 0.0),), (), (), (), ("numerical_mlp",), (), (), (), False
@@ -55,7 +59,7 @@ def score_of(rows: Any) -> Any:
     return ((rows * 2654435761 % 2**32) / 2**32).astype(np.float32)
 
 
-def make_plan(work: Path) -> Plan:
+def make_plan(work: Path, retry_of: str | None = None) -> Plan:
     """The plan for `work/data`, published below `work/out`."""
     flags = {"input.paths": [str(work / "data")], "predictor.path": "/p", "output.path": str(work / "out")}
     config = load_config(
@@ -66,8 +70,12 @@ def make_plan(work: Path) -> Plan:
     mark = fingerprint(config, predictor_hash="abc", listing=listing, scores_version=1)
     pools = size_pools(config, {"CPU": 2.0})
     flow = size_flow(config, SPEC, pools, DecodePlan(), inputs.estimated_rows)
-    folder = RunFolder(str(work / "out"), RUN_ID, LEASE_S)
-    return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow)
+    old = RunFolder(str(work / "out"), retry_of) if retry_of else None
+    if old is not None:
+        mark = retry_fingerprint(mark, old)
+    folder = RunFolder(str(work / "out"), f"{retry_of}-again" if retry_of else RUN_ID, LEASE_S)
+    rows = inputs.estimated_rows
+    return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow, rows, old)
 
 
 def score_here(plan: Plan, attempt: AttemptFolder, diary: Path) -> dict[str, float]:
@@ -91,11 +99,14 @@ def score_here(plan: Plan, attempt: AttemptFolder, diary: Path) -> dict[str, flo
         for name, values in columns.items():
             rows = rows.append_column(name, pa.array(values))
         rows = rows.append_column("engine", pa.repeat("formula", rows.num_rows))
+        if (diary.parent / FAULTY).exists():
+            broken = np.flatnonzero(rows[SOURCE_ROW].to_numpy() % 50 == 1).tolist()
+            rows = mark_rows(rows, Stage.SCORE, dict.fromkeys(broken, (Reason.SCORE_ERROR, "the device is faulty")))
         write_task(rows, task, attempt, schemas)
     return {}
 
 
-def run_once(work: Path, kill_at: str | None = None) -> None:
+def run_once(work: Path, kill_at: str | None = None, retry_of: str | None = None) -> None:
     """One driver from its plan to its end, to be called in a process of its own; `kill_at` names where it dies."""
     if kill_at:
         os.environ[KILL_AT] = kill_at
@@ -106,13 +117,13 @@ def run_once(work: Path, kill_at: str | None = None) -> None:
 
     # Both ask Ray, the first for its nodes.
     with patch.object(runs, "check_output"), patch.object(runs, "score", score):
-        outcome = runs.run(make_plan(work), Timings())
+        outcome = runs.run(make_plan(work, retry_of), Timings())
     (work / "outcome.json").write_text(json.dumps({"totals": outcome.totals, "was_published": outcome.was_published}))
 
 
-def drive(work: Path, kill_at: str | None = None) -> int:
+def drive(work: Path, kill_at: str | None = None, retry_of: str | None = None) -> int:
     """`run_once` in a process; its exit code, -9 where it was killed."""
-    process = CONTEXT.Process(target=run_once, args=(work, kill_at))
+    process = CONTEXT.Process(target=run_once, args=(work, kill_at, retry_of))
     process.start()
     process.join(120)
     assert process.exitcode is not None

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scoring.accounts import (
-    Accounts,
     PartFile,
     Receipt,
     ShardAccount,
@@ -264,7 +263,7 @@ def test_a_run_without_rows_is_complete() -> None:
     empty = add_up([ShardRows(0, "/d/a.parquet", 0, 0)], {}, [])
     assert empty.shards == (ShardAccount("/d/a.parquet", 0, 0, 0, 0, "0" * 16, "complete"),)
     check_complete(empty)
-    check_quarantine(empty, 0.0)
+    check_quarantine(empty.reasons, 0, 0.0)
 
 
 def test_incomplete_shards_name_the_first_three() -> None:
@@ -276,30 +275,24 @@ def test_incomplete_shards_name_the_first_three() -> None:
     assert "/d/4.csv" not in str(caught.value)
 
 
-def accounts_of(read: int, bad: int, reasons: Mapping[str, int] | None = None) -> Accounts:
-    return Accounts(
-        (ShardAccount("/d/a", 0, read, read - bad, bad, "0", "complete"),), (), reasons or {"row_malformed": bad}
-    )
-
-
 @pytest.mark.parametrize(
     ("read", "bad", "limit"),
     [(100, 1, 0.01), (100, 0, 0.0), (100, 100, 1.0), (100, 29, 0.29), (1000, 57, 0.057), (7, 0, 0.0)],
 )
 def test_quarantine_up_to_the_limit_passes(read: int, bad: int, limit: float) -> None:
-    check_quarantine(accounts_of(read, bad), limit)
+    check_quarantine({"row_malformed": bad}, read, limit)
 
 
 @pytest.mark.parametrize(("read", "bad", "limit"), [(100, 2, 0.01), (100, 1, 0.0), (99, 1, 0.01), (100, 30, 0.29)])
 def test_quarantine_over_the_limit_fails(read: int, bad: int, limit: float) -> None:
     with pytest.raises(QuarantineLimitError):
-        check_quarantine(accounts_of(read, bad), limit)
+        check_quarantine({"row_malformed": bad}, read, limit)
 
 
 def test_quarantine_limit_tells_the_top_reasons() -> None:
     reasons = {"image_missing": 3, "number_invalid": 20, "row_malformed": 1, "image_undecodable": 7}
     with pytest.raises(QuarantineLimitError) as caught:
-        check_quarantine(accounts_of(1240, 31, reasons), 0.01)
+        check_quarantine(reasons, 1240, 0.01)
     assert str(caught.value) == (
         "quarantine.max_fraction: 31 of 1240 rows (2.50 %) are in quarantine, the limit is 1.00 % (number_invalid 20, "
         "image_undecodable 7, image_missing 3); nothing is published. Repair the input, or raise the limit"

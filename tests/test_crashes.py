@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from scoring.steps import STEPS
-from tests.ledger_run import RUN_ID, TASK_ROWS, drive, rows_scored, score_of, write_inputs
+from tests.ledger_run import FAULTY, RUN_ID, TASK_ROWS, drive, rows_scored, score_of, write_inputs
 from tests.published import Published, read_published
 
 pytestmark = pytest.mark.timeout(300)
@@ -102,6 +102,29 @@ def test_a_run_that_is_scored_but_not_published_reads_nothing_again(work: Path) 
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert drive(work) == 0
     assert_exact(work)
+
+
+@pytest.mark.parametrize("kill_at", [None, "take_over:before", "sweep:after", "write_receipt:before", "commit:before"])
+def test_quarantined_rows_are_tried_again_beside_the_scores_that_stay(work: Path, kill_at: str | None) -> None:
+    (work / FAULTY).touch()
+    assert drive(work) == 0
+    before = read_published(work / "out")
+    faulty = [row for _, row in identities(work) if row % 50 == 1]
+    assert before.manifest["totals"]["reasons"] == {"number_invalid": 11, "score_error": len(faulty)}
+    (work / FAULTY).unlink()
+    scored = rows_scored(work)
+    if kill_at:
+        assert drive(work, kill_at, retry_of=RUN_ID) == -9
+    assert drive(work, retry_of=RUN_ID) == 0
+    after = assert_exact(work)
+    assert after.folder.name == f"{RUN_ID}-again"
+    quarantined = before.manifest["totals"]["rows_quarantined"]
+    assert rows_scored(work) - scored <= quarantined * (2 if kill_at else 1), "nothing else is scored again"
+    kept = {file["path"]: file["sha256"] for file in before.manifest["files"] if file["path"].startswith("scores/")}
+    assert kept.items() <= {file["path"]: file["sha256"] for file in after.manifest["files"]}.items()
+    assert (work / "out" / "runs" / RUN_ID / "_SUCCESS").exists(), "the old run stays as it was"
+    # Once more: what is left is bad for good, and the run that was retried has nothing left to take.
+    assert drive(work, retry_of=RUN_ID) == 0
 
 
 def test_scores_are_those_of_a_quiet_run(work: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -38,7 +38,9 @@ def plan_for(tmp_path: Path, decode: DecodePlan, *settings: str) -> Plan:
     pools = size_pools(settled, H100)
     flow = size_flow(settled, SPEC, pools, decode, 10**6)
     run = RunFolder(str(tmp_path / "out"), "named", lease_s=1.0)
-    return Plan(settled, tmp_path, "abc", SPEC, cast("Any", Inputs()), cast("Any", None), run, pools, decode, flow)
+    return Plan(
+        settled, tmp_path, "abc", SPEC, cast("Any", Inputs()), cast("Any", None), run, pools, decode, flow, 10**6
+    )
 
 
 def hold(plan: Plan) -> Hold:
