@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from scoring.errors import IncompleteError, QuarantineLimitError, ScoringError
+from scoring.errors import IncompleteError, QuarantineLimitError, Reason, ScoringError
 
 _TOP_REASONS = 3
 
@@ -78,6 +78,18 @@ def _ranges(pairs: Iterable[Sequence[int]]) -> tuple[Range, ...]:
 
 
 @dataclass(frozen=True)
+class ReadNote:
+    """What a read task found in one shard: its rows, and how many of them could not be read (None: nobody knows), with why.
+
+    Rows that are lost without a count are not among `rows`.
+    """
+
+    rows: int
+    lost: int | None = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class ShardRows:
     """A shard as the accounts see it. `num_rows` is None where only the read notes tell (CSV)."""
 
@@ -102,7 +114,10 @@ class ShardAccount:
 
 @dataclass(frozen=True)
 class Accounts:
-    """The run's accounts; `is_complete` when every shard is."""
+    """The run's accounts; `is_complete` when every row that could be counted is accounted for.
+
+    A shard is complete, incomplete, or unreadable: what was read of it is accounted for, and how much is lost nobody knows.
+    """
 
     shards: tuple[ShardAccount, ...]
     files: tuple[PartFile, ...]
@@ -110,7 +125,7 @@ class Accounts:
 
     @property
     def is_complete(self) -> bool:
-        return all(shard.state == "complete" for shard in self.shards)
+        return all(shard.state != "incomplete" for shard in self.shards)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -120,7 +135,7 @@ class Accounts:
         }
 
 
-def add_up(shards: Sequence[ShardRows], notes: Mapping[int, int], receipts: Sequence[Receipt]) -> Accounts:
+def add_up(shards: Sequence[ShardRows], notes: Mapping[int, ReadNote], receipts: Sequence[Receipt]) -> Accounts:
     """Receipts against what was read: one account a shard. Raises ScoringError for a row that is there twice."""
     by_shard: dict[int, list[ShardReceipt]] = {}
     for receipt in receipts:
@@ -131,8 +146,9 @@ def add_up(shards: Sequence[ShardRows], notes: Mapping[int, int], receipts: Sequ
     return Accounts(accounts, files, sum_reasons(receipts))
 
 
-def _shard_account(shard: ShardRows, notes: Mapping[int, int], parts: Sequence[ShardReceipt]) -> ShardAccount:
-    rows_read = shard.num_rows if shard.num_rows is not None else notes.get(shard.index)
+def _shard_account(shard: ShardRows, notes: Mapping[int, ReadNote], parts: Sequence[ShardReceipt]) -> ShardAccount:
+    note = notes.get(shard.index)
+    rows_read = shard.num_rows if shard.num_rows is not None or note is None else note.rows
     scored = [item for part in parts for item in part.scored]
     quarantined = [item for part in parts for item in part.quarantined]
     merged = merge_ranges([*scored, *quarantined], f"{shard.source_file} shard {shard.index}")
@@ -147,7 +163,7 @@ def _shard_account(shard: ShardRows, notes: Mapping[int, int], parts: Sequence[S
         rows_scored=_count(scored),
         rows_quarantined=_count(quarantined),
         checksum=f"{checksum:016x}",
-        state="complete" if is_complete else "incomplete",
+        state=("unreadable" if note and note.lost is None else "complete") if is_complete else "incomplete",
     )
 
 
@@ -212,7 +228,7 @@ def identity_checksum(source_file: str, rows: npt.NDArray[np.int64]) -> int:
 
 def check_complete(accounts: Accounts) -> None:
     """Raise IncompleteError naming the shards whose rows are not all accounted for."""
-    missing = [shard for shard in accounts.shards if shard.state != "complete"]
+    missing = [shard for shard in accounts.shards if shard.state == "incomplete"]
     if missing:
         named = "; ".join(
             f"{shard.source_file} shard {shard.index}: {shard.rows_read} read, {shard.rows_scored} scored, "
@@ -226,7 +242,11 @@ def check_complete(accounts: Accounts) -> None:
 
 
 def check_quarantine(reasons: Mapping[str, int], rows: int, max_fraction: float) -> None:
-    """Raise QuarantineLimitError when more of the `rows` than `max_fraction` are in quarantine, for these reasons."""
+    """Raise QuarantineLimitError when more of the `rows` than `max_fraction` are in quarantine, for these reasons.
+
+    Rows that a broken file took with it are `input.on_bad_file`'s matter.
+    """
+    reasons = {reason: count for reason, count in reasons.items() if reason != Reason.FILE_UNREADABLE}
     bad = sum(reasons.values())
     # Not bad > max_fraction * rows: 0.29 * 100 is less than 29.
     if rows and bad / rows > max_fraction:

@@ -159,6 +159,10 @@ class ImagesConfig(_Section):
     base: _Name | None = None
     """Folder or URI that relative image paths start from (default null: the driver's working directory at start). Name
     it for runs that must not depend on where they are started."""
+    confined: bool | None = None
+    """Whether image paths must stay below images.base (default null: true where images.base is named, else false). Keeps
+    out `..`, absolute paths and links that lead elsewhere, so that whoever writes the input reads no other files of the
+    workers; costs about 50 us an image. URIs with a scheme are images.schemes' matter."""
     decode: Literal["auto", "exact", "fast", "gpu"] = "auto"
     """How images become pixels (default auto: gpu where the decoder is installed, else exact). exact is the predictor's own
     pixels, bit for bit, decoded on the cores and resized on the GPU where there is one; fast decodes and resizes on the
@@ -173,8 +177,9 @@ class ImagesConfig(_Section):
     """Where cells may fetch images from (list, default local files and object stores). http and https must be asked
     for: then whoever writes the input makes the workers call any address they can reach."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
-    """Largest image that is decoded (pixels, default 178956970, where Pillow stops: all that the predictor decodes).
-    Memory in a worker is about 3 bytes a pixel; a lower limit keeps out decompression bombs sooner."""
+    """Largest image that is decoded (pixels, default 178956970, where Pillow stops: all that the predictor decodes). A
+    worker needs up to 8 bytes a pixel while it decodes one, 16 for a WEBP; a lower limit keeps out decompression bombs
+    sooner. A file of more than 8 bytes for each of these pixels is too large unread."""
     timeout_s: Annotated[_Number, Field(gt=0)] | None = 60.0
     """Longest fetch of one image (seconds, default 60; null: no limit). Short ones quarantine rows when the store is
     slow, long ones let a dead server hold up a worker."""
@@ -283,7 +288,6 @@ class NotBuilt:
 
 
 NOT_BUILT: dict[str, NotBuilt] = {
-    "input.on_bad_file": NotBuilt(("skip",), "fail"),
     "run.incremental": NotBuilt((True,), "false"),
 }
 
@@ -311,6 +315,7 @@ def load_config(*, file: str | None, flags: Mapping[str, object], overrides: Seq
     from_file = _from_file(file, cwd, problems)
     from_command = [*_from_flags(flags), *_from_overrides(overrides, problems)]
     settings = {**_defaults(cwd), **_settled(from_file, cwd, problems), **_settled(from_command, cwd, problems)}
+    _settle_images(settings, cwd)
     problems += _missing({given.key for given in [*from_file, *from_command]})
     problems += [*_not_built(settings), *_contradictions(settings)]
     if problems:
@@ -425,14 +430,24 @@ def _resolved(key: str, value: object, cwd: Path) -> object:
         return value
     if isinstance(value, tuple):
         return tuple(_resolved(key, path, cwd) for path in value)
+    if value is None:
+        return None
     try:
-        return str(cwd) if value is None else absolute(os.path.expanduser(str(value)), cwd)
+        return absolute(os.path.expanduser(str(value)), cwd)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
 
 def _defaults(cwd: Path) -> dict[str, object]:
     return {key: _resolved(key, field.default, cwd) for key, field in _FIELDS.items() if not field.is_required()}
+
+
+def _settle_images(settings: dict[str, object], cwd: Path) -> None:
+    """The defaults that hang on whether `images.base` was named: a stored configuration says what they came to."""
+    if settings["images.confined"] is None:
+        settings["images.confined"] = settings["images.base"] is not None
+    if settings["images.base"] is None:
+        settings["images.base"] = str(cwd)
 
 
 def _nested(settings: Mapping[str, object]) -> dict[str, object]:
@@ -630,7 +645,9 @@ def _digested(parts: dict[str, str]) -> Fingerprint:
 
 
 def _decides_scores(key: str) -> bool:
-    return key == "engine.precision" or (key.startswith(("input.", "images.")) and key != "input.paths")
+    # What becomes of a file that cannot be read changes no score: a run that failed on one is published by a rerun that skips it.
+    is_policy = key in ("input.paths", "input.on_bad_file")
+    return key == "engine.precision" or (key.startswith(("input.", "images.")) and not is_policy)
 
 
 def _difference(key: str, before: str | None, now: str | None) -> str:

@@ -17,11 +17,11 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from scoring.accounts import PartFile, Receipt
+from scoring.accounts import PartFile, ReadNote, Receipt
 from scoring.errors import FingerprintError, LockError
 from scoring.lock import LEASE_S, Chain, Hold
 from scoring.steps import step
@@ -41,21 +41,23 @@ _READ_THREADS = 16
 
 @dataclass(frozen=True)
 class Taken:
-    """What an attempt starts from: receipts that count, and the rows that earlier attempts counted in shards."""
+    """What an attempt starts from: receipts that count, and what earlier attempts found in shards, by index."""
 
     receipts: tuple[Receipt, ...] = ()
-    rows_read: Mapping[int, int] | None = None
+    notes: Mapping[int, ReadNote] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"receipts": [asdict(item) for item in self.receipts], "rows_read": dict(self.rows_read or {})}
-        )
+        notes = {index: asdict(note) for index, note in self.notes.items()}
+        return json.dumps({"receipts": [asdict(item) for item in self.receipts], "notes": notes})
 
     @classmethod
     def from_json(cls, text: str) -> "Taken":
         data = json.loads(text)
-        receipts = tuple(Receipt.from_dict(item) for item in data["receipts"])
-        return cls(receipts, {int(index): rows for index, rows in data["rows_read"].items()})
+        return cls(tuple(Receipt.from_dict(item) for item in data["receipts"]), _notes(data["notes"]))
+
+
+def _notes(data: Mapping[str, Mapping[str, Any]]) -> dict[int, ReadNote]:
+    return {int(index): ReadNote(**note) for index, note in data.items()}
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,11 @@ class AttemptFolder:
             write_bytes(join(self.run_uri, path), data)
         return path
 
-    def write_reads(self, first_shard: int, note: str) -> None:
-        """Put one read task's note: a JSON object of shard index to rows read."""
+    def write_reads(self, first_shard: int, notes: Mapping[int, ReadNote]) -> None:
+        """Put one read task's notes, by shard."""
+        document = json.dumps({index: asdict(note) for index, note in notes.items()})
         with step("write_reads"):
-            replace(join(self._work_uri, "reads", f"{first_shard:08d}.json"), note.encode())
+            replace(join(self._work_uri, "reads", f"{first_shard:08d}.json"), document.encode())
 
     def write_receipt(self, receipt: Receipt) -> None:
         """Put a write task's receipt, after its parts: a part without a receipt does not count."""
@@ -137,12 +140,12 @@ class AttemptFolder:
         """Every receipt that counts: those it took over and its own."""
         return [*self.taken.receipts, *self.own_receipts()]
 
-    def read_notes(self) -> dict[int, int]:
-        """Rows read per shard, from every note that counts."""
-        rows = dict(self.taken.rows_read or {})
+    def read_notes(self) -> dict[int, ReadNote]:
+        """What was found in shards, from every note that counts."""
+        notes = dict(self.taken.notes)
         for text in self._texts("reads"):
-            rows |= {int(index): count for index, count in json.loads(text).items()}
-        return rows
+            notes |= _notes(json.loads(text))
+        return notes
 
     def remove(self) -> None:
         """Drop its folder; its parts are the sweep's."""

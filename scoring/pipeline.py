@@ -44,7 +44,7 @@ from scoring.predictor import (
 from scoring.retry import retry_fingerprint
 from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
-from scoring.shards import InputPlan, inspect_files, list_inputs, plan_inputs
+from scoring.shards import BadFile, InputPlan, inspect_all, inspect_files, list_inputs, plan_inputs
 from scoring.sink import PartSink
 from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, size_flow, size_pools
 from scoring.source import ShardSource
@@ -78,6 +78,8 @@ class Plan:
     flow: Flow
     total_rows: int
     """The whole run's rows, those of CSV files estimated."""
+    bad_files: tuple[BadFile, ...] = ()
+    """Files that are left out because they could not even be inspected."""
     retry_of: RunFolder | None = None
     """The run whose scores are kept and whose quarantined rows are tried again."""
     done: Mapping[int, Sequence[Range]] = field(default_factory=dict)
@@ -111,7 +113,8 @@ def prepare(
     """
     with timings.phase("list_inputs_s"):
         listing = list_inputs(config.input)
-        files = inspect_files(listing, config.input)
+        skips = config.input.on_bad_file == "skip"
+        files, bad_files = inspect_all(listing, config.input) if skips else (inspect_files(listing, config.input), ())
     with timings.phase("predictor_s"):
         uri = config.predictor.path
         folder = fetch_predictor(uri, config.engine.cache, config.predictor.sha256)
@@ -135,7 +138,7 @@ def prepare(
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
     rows = inputs.estimated_rows
-    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow, rows, old)
+    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow, rows, bad_files, old)
 
 
 def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> DecodePlan:

@@ -1,68 +1,157 @@
 """Reading one shard: its rows as blocks of the run's schema, each row with its identity.
 
-Owns parquet row groups and CSV records, malformed ones included. `source.py` gives this to Ray; nothing here imports it.
+Owns identities, malformed rows and rows that a broken file loses. CSV text is `csv_records.py`'s; `source.py` gives this to
+Ray; nothing here imports it.
 """
 
-import codecs
-import io
 import itertools
-import zlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from scoring.columns import Identity, ReadSchema, build_bad_block, build_block, plain, plain_type
 from scoring.config import CsvConfig
-from scoring.errors import InputError, Reason
-from scoring.shards import Shard, open_csv_text
-from scoring.storage import open_input, redact_text
+from scoring.csv_records import BAD_BYTES, CsvRecords, show_text
+from scoring.errors import Reason
+from scoring.opening import FILE_ERRORS, ChangedFileError, describe, open_listed
+from scoring.shards import Shard, SourceFile, footer_digest
 
-# One CSV record must fit into a block ("straddling object straddles two block boundaries"); images in base64 are long.
-_CSV_BLOCK_BYTES = 32 * 2**20
-_SHOWN_CHARS = 200
+logger = logging.getLogger(__name__)
+
 _SHOWN_CELL_CHARS = 40
-# Stands for bytes that are no text in input.csv.encoding until their row is marked; no text holds noncharacters.
-_BAD_BYTES = "\ufdd0\ufdef"
+
+# What a cell raises that Python has no value for, like the year 300000; ArrowInvalid is a ValueError.
+_CELL_ERRORS = (ValueError, OverflowError)
+
+
+class UnreadableFileError(Exception):
+    """A CSV file that cannot be read to its end. `rows_read` rows came before; how many are lost nobody knows."""
+
+    def __init__(self, source_file: str, reason: str, rows_read: int) -> None:
+        # All arguments, or the error would not survive its way from a worker to the driver.
+        super().__init__(source_file, reason, rows_read)
+        self.source_file = source_file
+        self.reason = reason
+        self.rows_read = rows_read
+
+    def __str__(self) -> str:
+        return f"{self.source_file}: cannot be read after {self.rows_read} rows: {self.reason}"
 
 
 def read_shard(shard: Shard, schema: ReadSchema, csv_config: CsvConfig, block_rows: int) -> Iterator[pa.Table]:
-    """The shard's rows in order, in blocks of at most `block_rows`. Raises InputError naming the file."""
-    try:
-        if shard.file.format == "parquet":
-            yield from _read_parquet(shard, schema, block_rows)
-        else:
-            yield from _read_csv(shard, schema, csv_config, block_rows)
-    except (OSError, ValueError, pa.ArrowException, EOFError, zlib.error) as error:
-        advice = "restore or remove the file"
-        if "straddling object" in str(error):
-            advice = f"a record is longer than {_CSV_BLOCK_BYTES} bytes, or a quote is never closed; repair the file"
-        reason = redact_text(str(error))
-        raise InputError(f"{shard.file.source_file}: cannot be read: {reason}; {advice}") from error
+    """The shard's rows in order, in blocks of at most `block_rows`; only malformed CSV records may come late, or together.
+
+    Of a parquet file every row that the plan counts is there: those that cannot be read are marked file_unreadable. A CSV
+    file that breaks off raises UnreadableFileError after its last whole record; the rows before are numbered from 0
+    without a gap.
+    """
+    if shard.file.format == "parquet":
+        yield from _read_parquet(shard, schema, block_rows)
+    else:
+        yield from _read_csv(shard, schema, csv_config, block_rows)
+
+
+# --- parquet
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Row groups read together, and the rows of the file that they hold: [start, end)."""
+
+    row_groups: tuple[int, ...]
+    start: int
+    end: int
 
 
 def _read_parquet(shard: Shard, schema: ReadSchema, block_rows: int) -> Iterator[pa.Table]:
     if not shard.num_rows:
         return
+    whole = _Span(shard.row_groups, shard.first_row, shard.first_row + shard.num_rows)
+    with ExitStack() as stack:
+        try:
+            parquet = stack.enter_context(_open_parquet(shard.file))
+        except FILE_ERRORS as error:
+            yield from _lost_rows(whole.start, whole.end, error, shard, schema, block_rows)
+            return
+        row, failure = yield from _read_span(parquet, whole, whole.start, shard, schema, block_rows)
+        if failure is None:
+            return
+        # Blocks may span row groups, so they are read together, and one at a time only from where that breaks.
+        for span in _group_spans(shard, whole.end) if len(shard.row_groups) > 1 else ():
+            if row < span.end:
+                row, cause = yield from _read_span(parquet, span, row, shard, schema, block_rows)
+                if cause is not None:
+                    yield from _lost_rows(row, span.end, cause, shard, schema, block_rows)
+                    row = span.end
+        yield from _lost_rows(row, whole.end, failure, shard, schema, block_rows)
+
+
+@contextmanager
+def _open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
+    # Few writers store checksums, but where they do, a flipped bit in plain values shows in nothing else.
+    with open_listed(file.listed) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
+        if footer_digest(parquet.metadata) != file.footer:
+            raise ChangedFileError("changed since it was listed (another footer); rerun for the file as it is now")
+        yield parquet
+
+
+def _group_spans(shard: Shard, end: int) -> Iterator[_Span]:
+    start = shard.first_row
+    for group in shard.row_groups:
+        num_rows = shard.file.row_groups[group][0]
+        yield _Span((group,), start, min(start + num_rows, end))
+        start += num_rows
+
+
+def _read_span(
+    parquet: pq.ParquetFile, span: _Span, row: int, shard: Shard, schema: ReadSchema, block_rows: int
+) -> Generator[pa.Table, None, tuple[int, Exception | None]]:
+    """The span's blocks from `row` on; returns the row after the last one read, and what kept it from the end."""
     wanted = [name for name in schema.file_columns if name in shard.file.columns]
-    row = shard.first_row
-    with open_input(shard.file.uri) as stream, pq.ParquetFile(stream) as parquet:
-        batches = parquet.iter_batches(block_rows, row_groups=list(shard.row_groups), columns=wanted, use_threads=False)
-        for batch in batches:
-            rows = np.arange(row, row + batch.num_rows, dtype=np.int64)
-            table = pa.Table.from_batches([batch])
+    batches = parquet.iter_batches(block_rows, row_groups=list(span.row_groups), columns=wanted, use_threads=False)
+    start = span.start
+    while True:
+        try:
+            batch = next(batches, None)
+        except FILE_ERRORS as error:
+            return row, error
+        if batch is None:
+            break
+        if start + batch.num_rows > span.end:
+            return row, OSError(f"holds more rows than the {span.end - span.start} that its footer says")
+        table = pa.Table.from_batches([batch]).slice(max(0, row - start))
+        start += batch.num_rows
+        if table.num_rows:
+            rows = np.arange(row, start, dtype=np.int64)
+            row = start
             yield from _blocks(table, rows, _invalid_text(table), shard, schema)
-            row += batch.num_rows
-    read = row - shard.first_row
-    if read != shard.num_rows:
-        raise InputError(
-            f"{shard.file.source_file}: {read} rows read, its footer says {shard.num_rows}; rewrite the file"
-        )
+    if start < span.end:
+        return row, OSError(f"holds {start - span.start} rows where its footer says {span.end - span.start}")
+    return row, None
+
+
+def _lost_rows(
+    start: int, end: int, error: Exception, shard: Shard, schema: ReadSchema, block_rows: int
+) -> Iterator[pa.Table]:
+    """Rows [start, end) of the file, known from its footer alone."""
+    if start == end:
+        return
+    message = f"rows {start} to {end - 1} cannot be read: {describe(error)}"
+    if not isinstance(error, ChangedFileError):
+        message += "; restore or rewrite the file"
+    logger.warning("%s: %s", shard.file.source_file, message)
+    for first in range(start, end, block_rows):
+        rows = np.arange(first, min(first + block_rows, end), dtype=np.int64)
+        identity = Identity(shard.file.source_file, shard.index, rows)
+        yield build_bad_block(identity, schema, Reason.FILE_UNREADABLE, [message] * len(rows))
 
 
 def _invalid_text(table: pa.Table) -> dict[int, str]:
@@ -85,19 +174,40 @@ def _describe_bad_bytes(name: str, encoding: str, text: str) -> str:
     return f"column {name!r} holds bytes that are no {encoding} text: {text[:_SHOWN_CELL_CHARS]!r}"
 
 
+# --- blocks
+
+
 def _blocks(
     table: pa.Table, rows: npt.NDArray[np.int64], bad: dict[int, str], shard: Shard, schema: ReadSchema
 ) -> Iterator[pa.Table]:
     """The table as one block, and the rows of `bad` (by position, with their messages) as another."""
     if not bad:
-        yield _block(table, rows, shard, schema)
+        yield from _good_blocks(table, rows, shard, schema)
         return
     positions = sorted(bad)
     good = np.ones(len(rows), dtype=np.bool_)
     good[positions] = False
-    yield _block(table.filter(pa.array(good)), rows[good], shard, schema)
-    identity = Identity(shard.file.source_file, shard.index, rows[~good])
-    yield build_bad_block(identity, schema, Reason.ROW_MALFORMED, [bad[position] for position in positions])
+    yield from _good_blocks(table.filter(pa.array(good)), rows[good], shard, schema)
+    yield _malformed_block(rows[~good], [bad[position] for position in positions], shard, schema)
+
+
+def _good_blocks(table: pa.Table, rows: npt.NDArray[np.int64], shard: Shard, schema: ReadSchema) -> Iterator[pa.Table]:
+    """The table as one block, or in halves down to the row with a value that Python or the column's type cannot hold."""
+    try:
+        block = _block(table, rows, shard, schema)
+    except _CELL_ERRORS as error:
+        if len(rows) == 1:
+            yield _malformed_block(rows, [f"holds a value that cannot be handled: {describe(error)}"], shard, schema)
+            return
+        half = len(rows) // 2
+        yield from _good_blocks(table.slice(0, half), rows[:half], shard, schema)
+        yield from _good_blocks(table.slice(half), rows[half:], shard, schema)
+    else:
+        yield block
+
+
+def _malformed_block(rows: npt.NDArray[np.int64], messages: list[str], shard: Shard, schema: ReadSchema) -> pa.Table:
+    return build_bad_block(Identity(shard.file.source_file, shard.index, rows), schema, Reason.ROW_MALFORMED, messages)
 
 
 def _block(table: pa.Table, rows: npt.NDArray[np.int64], shard: Shard, schema: ReadSchema) -> pa.Table:
@@ -110,46 +220,54 @@ def _block(table: pa.Table, rows: npt.NDArray[np.int64], shard: Shard, schema: R
     return build_block(table, Identity(shard.file.source_file, shard.index, rows), schema, as_text)
 
 
+# --- CSV
+
+
 def _read_csv(shard: Shard, schema: ReadSchema, config: CsvConfig, block_rows: int) -> Iterator[pa.Table]:
     """Blocks of good records, and of malformed ones once their place is passed.
 
     The parser runs ahead of the batches it hands out, so a malformed record may be known before its turn: records are
-    numbered by skipping the numbers of the malformed ones.
+    numbered by skipping the numbers of the malformed ones. One batch is held back, for it may end in a broken record.
     """
     malformed: dict[int, str] = {}
-    wanted = [name for name in schema.file_columns if name in shard.file.columns]
-    num_columns = len(shard.file.columns)
-
-    def note_malformed(record: pacsv.InvalidRow) -> str:
-        # Numbers count the header as 1 and blank lines not at all (tried with pyarrow 24).
-        text = _show(record.text)[:_SHOWN_CHARS]
-        malformed[record.number - 2] = f"{record.actual_columns} cells where the header has {num_columns}: {text!r}"
-        return "skip"
-
     next_row = 0
-    with open_csv_text(shard.file.uri) as stream:
-        reader = pacsv.open_csv(
-            pa.PythonFile(_Utf8Text(stream, config.encoding), mode="r"),
-            read_options=pacsv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
-            parse_options=pacsv.ParseOptions(
-                delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=note_malformed
-            ),
-            convert_options=pacsv.ConvertOptions(
-                column_types=dict.fromkeys(shard.file.columns, pa.string()),
-                include_columns=wanted,
-                strings_can_be_null=False,
-            ),
-        )
-        for batch in reader:
-            rows, next_row = _number_rows(next_row, batch.num_rows, malformed)
-            table = pa.Table.from_batches([batch])
-            for offset in range(0, len(rows), block_rows):
-                piece, piece_rows = table.slice(offset, block_rows), rows[offset : offset + block_rows]
-                yield from _blocks(piece, piece_rows, _undecodable(piece, config.encoding), shard, schema)
-    if malformed:
-        order = sorted(malformed)
-        identity = Identity(shard.file.source_file, shard.index, np.array(order, dtype=np.int64))
-        yield build_bad_block(identity, schema, Reason.ROW_MALFORMED, [malformed[row] for row in order])
+    held: _Records | None = None
+    records = CsvRecords(shard, schema, config, malformed)
+    for table in records:
+        rows, next_row = _number_rows(next_row, table.num_rows, malformed)
+        if held is not None:
+            yield from _csv_blocks(held, shard, schema, config, block_rows)
+        held = _Records(table, rows)
+    end = next(row for row in itertools.count(next_row) if row not in malformed)
+    if records.is_cut_short:
+        end = max(0, end - 1)
+    if held is not None:
+        yield from _csv_blocks(held.before(end), shard, schema, config, block_rows)
+    order = sorted(row for row in malformed if row < end or records.failure is None)
+    if order:
+        yield _malformed_block(np.array(order, dtype=np.int64), [malformed[row] for row in order], shard, schema)
+    if records.failure is not None:
+        raise UnreadableFileError(shard.file.source_file, records.reason, end) from records.failure
+
+
+@dataclass(frozen=True)
+class _Records:
+    """CSV records as text, and their row numbers in the file."""
+
+    table: pa.Table
+    rows: npt.NDArray[np.int64]
+
+    def before(self, end: int) -> "_Records":
+        count = int(np.searchsorted(self.rows, end))
+        return _Records(self.table.slice(0, count), self.rows[:count])
+
+
+def _csv_blocks(
+    records: _Records, shard: Shard, schema: ReadSchema, config: CsvConfig, block_rows: int
+) -> Iterator[pa.Table]:
+    for offset in range(0, len(records.rows), block_rows):
+        piece, rows = records.table.slice(offset, block_rows), records.rows[offset : offset + block_rows]
+        yield from _blocks(piece, rows, _undecodable(piece, config.encoding), shard, schema)
 
 
 def _number_rows(start: int, count: int, malformed: dict[int, str]) -> tuple[npt.NDArray[np.int64], int]:
@@ -159,49 +277,9 @@ def _number_rows(start: int, count: int, malformed: dict[int, str]) -> tuple[npt
     return rows, int(rows[-1]) + 1 if count else start
 
 
-class _Utf8Text(io.RawIOBase):
-    """A file's text as UTF-8, ending with a newline, `_BAD_BYTES` where it is no text.
-
-    Pyarrow's own transcoding fails the file at one bad byte, and so does a malformed record with one. It also takes a
-    header that ends without a newline for an empty file, and loses the newline of a quoted \\r\\n between two reads: no
-    read ends with \\r.
-    """
-
-    def __init__(self, stream: io.BufferedIOBase, encoding: str) -> None:
-        def mark(error: UnicodeError) -> tuple[str, int]:
-            assert isinstance(error, UnicodeDecodeError)
-            return _BAD_BYTES, error.end
-
-        codecs.register_error("scoring_mark", mark)
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)(errors="scoring_mark")
-        self._pending = b""
-        self._is_at_end = False
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        assert size > 1, "pyarrow reads blocks"
-        while len(self._pending) < size and not self._is_at_end:
-            data = self._stream.read(size)
-            self._is_at_end = not data
-            self._pending += self._decoder.decode(data, final=self._is_at_end).encode()
-            self._pending += b"\n" if self._is_at_end else b""
-        piece = self._pending[:size]
-        if piece.endswith(b"\r"):
-            piece = piece[:-1]
-        self._pending = self._pending[len(piece) :]
-        return piece
-
-
 def _undecodable(table: pa.Table, encoding: str) -> dict[int, str]:
     bad: dict[int, str] = {}
     for name in table.column_names:
-        for row in np.flatnonzero(pc.match_substring(table[name], _BAD_BYTES).to_numpy()).tolist():
-            bad.setdefault(row, _describe_bad_bytes(name, encoding, _show(table[name][row].as_py())))
+        for row in np.flatnonzero(pc.match_substring(table[name], BAD_BYTES).to_numpy()).tolist():
+            bad.setdefault(row, _describe_bad_bytes(name, encoding, show_text(table[name][row].as_py())))
     return bad
-
-
-def _show(text: str) -> str:
-    return text.replace(_BAD_BYTES, "\ufffd")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from scoring.accounts import PartFile, Receipt, ShardReceipt, identity_checksum, to_ranges
+from scoring.accounts import PartFile, ReadNote, Receipt, ShardReceipt, identity_checksum, to_ranges
 from scoring.columns import SOURCE_FILE, SOURCE_ROW
 from scoring.config import Fingerprint
 from scoring.errors import ConfigError, FingerprintError
@@ -56,10 +56,13 @@ def take_scores(old: RunFolder, new: RunFolder, shards: Sequence[Shard]) -> Take
     manifest = old.read_manifest()
     files = [file for file in manifest["files"] if file["path"].startswith("scores/")]
     receipts = [_take_part(old, new, PartFile(**file), task, shards) for task, file in enumerate(files)]
-    rows_read = {shard["index"]: shard["rows_read"] for shard in manifest["shards"]}
+    # Rows that a broken file lost are tried again as well, by reading it again.
+    notes = {
+        shard["index"]: ReadNote(shard["rows_read"]) for shard in manifest["shards"] if shard["state"] == "complete"
+    }
     bad = manifest["totals"]["rows_quarantined"]
     logger.info("run %s: tries %d rows of run %s again and keeps its scores", new.run_id, bad, old.run_id)
-    return Taken(tuple(receipts), rows_read)
+    return Taken(tuple(receipts), notes)
 
 
 def _take_part(old: RunFolder, new: RunFolder, file: PartFile, task: int, shards: Sequence[Shard]) -> Receipt:

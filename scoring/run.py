@@ -4,7 +4,7 @@ Owns the order of those things. Scoring itself is `pipeline.py`'s, the files are
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,13 +13,13 @@ from typing import Any
 from scoring.accounts import Accounts, ShardRows, add_up, check_complete, check_quarantine, done_ranges
 from scoring.config import resolved_yaml
 from scoring.decoding import DecodePlan
-from scoring.errors import DecoderError, ParityError
+from scoring.errors import DecoderError, InputError, ParityError
 from scoring.ledger import MANIFEST_VERSION, AttemptFolder, Taken
 from scoring.lock import Hold
 from scoring.parts import PartSchemas, write_part
 from scoring.pipeline import IMAGES, Plan, Timings, check_output, score
 from scoring.retry import take_scores
-from scoring.shards import Shard
+from scoring.shards import BadFile, Shard
 from scoring.sizing import size_flow
 from scoring.storage import redact
 
@@ -58,9 +58,11 @@ def run(plan: Plan, timings: Timings) -> Outcome:
         with timings.phase("publish_s"):
             accounts = _accounts(plan, attempt)
             check_complete(accounts)
+            bad_files = _bad_files(plan, attempt)
+            check_files(bad_files, plan.config.input.on_bad_file)
             check_quarantine(accounts.reasons, accounts.totals["rows_read"], plan.config.quarantine.max_fraction)
             accounts = _with_scores_part(plan, attempt, accounts)
-        manifest = _manifest(plan, accounts, timings, attempt.decisions())
+        manifest = _manifest(plan, accounts, bad_files, timings, attempt.decisions())
         plan.run.commit(hold, attempt, manifest, resolved_yaml(plan.config))
     except Exception:
         # A driver that was taken over fails in many ways; that it was is what matters.
@@ -90,13 +92,14 @@ def _score_all(plan: Plan, hold: Hold, *, decides_anew: bool = False) -> tuple[A
 
 def _left(plan: Plan, attempt: AttemptFolder) -> Plan:
     """The plan for the rows that earlier attempts have not accounted for; their way with images goes on."""
-    receipts, notes = attempt.taken.receipts, attempt.taken.rows_read or {}
-    done = done_ranges(receipts)
+    notes, done = attempt.taken.notes, done_ranges(attempt.taken.receipts)
 
     def is_left(shard: Shard) -> bool:
-        rows = notes.get(shard.index) if shard.num_rows is None else shard.num_rows
-        counted = sum(end - start for start, end in done.get(shard.index, ()))
-        return rows is None or counted < rows
+        note = notes.get(shard.index)
+        if shard.num_rows is None and (note is None or note.lost is None):
+            return True  # what could not be read may be there now
+        rows = note.rows if shard.num_rows is None and note is not None else shard.num_rows
+        return sum(end - start for start, end in done.get(shard.index, ())) < (rows or 0)
 
     shards = tuple(shard for shard in plan.inputs.shards if is_left(shard))
     if len(shards) == len(plan.inputs.shards) and not done:
@@ -125,6 +128,41 @@ def _accounts(plan: Plan, attempt: AttemptFolder) -> Accounts:
     return add_up(shards, attempt.read_notes(), attempt.receipts())
 
 
+def _bad_files(plan: Plan, attempt: AttemptFolder) -> tuple[BadFile, ...]:
+    """Files that could not be read, or not to their end, each once, with the rows lost to it where that is known."""
+    notes = attempt.read_notes()
+    found: dict[str, BadFile] = {file.source_file: file for file in plan.bad_files}
+    for shard in plan.inputs.shards:
+        note = notes.get(shard.index)
+        if note is None or not note.error:
+            continue
+        name = shard.file.source_file
+        before = found.get(name, BadFile(name, note.error, 0))
+        is_known = before.num_rows is not None and note.lost is not None
+        found[name] = replace(before, num_rows=(before.num_rows or 0) + (note.lost or 0) if is_known else None)
+    return tuple(found[name] for name in sorted(found))
+
+
+def check_files(bad_files: Sequence[BadFile], policy: str) -> None:
+    """Raise InputError naming every file that could not be read, where the policy is to fail."""
+    if not bad_files or policy == "skip":
+        return
+    lines = [
+        f"{file.source_file}: {'an unknown number of' if file.num_rows is None else file.num_rows} rows lost: {file.reason}"
+        for file in bad_files
+    ]
+    raise InputError(
+        "\n".join(
+            [
+                f"input.on_bad_file=fail: {len(bad_files)} input files could not be read; nothing is published. Restore them "
+                "and score anew, or run this again with input.on_bad_file=skip, which publishes the rest without scoring it "
+                "again:",
+                *lines,
+            ]
+        )
+    )
+
+
 def _with_scores_part(plan: Plan, attempt: AttemptFolder, accounts: Accounts) -> Accounts:
     """A run without a scored row still publishes one part, empty, so that readers find the full schema."""
     if any(file.path.startswith("scores/") for file in accounts.files):
@@ -135,7 +173,11 @@ def _with_scores_part(plan: Plan, attempt: AttemptFolder, accounts: Accounts) ->
 
 
 def _manifest(
-    plan: Plan, accounts: Accounts, timings: Timings, decisions: Mapping[str, Mapping[str, Any]]
+    plan: Plan,
+    accounts: Accounts,
+    bad_files: Sequence[BadFile],
+    timings: Timings,
+    decisions: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     engines = sorted({file.engine for file in accounts.files if file.engine})
     decode = decisions.get(IMAGES, asdict(plan.decode))
@@ -147,6 +189,7 @@ def _manifest(
         "predictor": {"path": redact(plan.config.predictor.path), "sha256": plan.predictor_hash},
         "files": [vars(file) for file in accounts.files],
         "shards": [vars(shard) for shard in accounts.shards],
+        "bad_files": [vars(file) for file in bad_files],
         "totals": {**accounts.totals, "reasons": dict(accounts.reasons)},
         "engine": {
             "used": engines,

@@ -50,12 +50,19 @@ def draw_sample(
             break
     if not blocks:
         return None
-    table = pa.concat_tables(blocks)
+    sample, _ = split_sample(pa.concat_tables(blocks), config, spec, decode)
+    return sample if sample.features.num_rows else None
+
+
+def split_sample(
+    table: pa.Table, config: ScoreConfig, spec: FeatureSpec, decode: DecodePlan | None = None
+) -> tuple[Sample, pa.Table]:
+    """Rows as read -> those without a fault in both forms, and the features of the others, marked with what is wrong."""
     fetcher = ImageFetcher(config.images)
     features = FeatureBuilder(spec, fetcher, decode, blank_bad_images=config.images.on_error == "blank")(table)
     is_good = pc.is_null(features["reason"])
-    good = features.filter(is_good)
-    return Sample(good, _raw_cells(table.filter(is_good), spec, fetcher)) if good.num_rows else None
+    sample = Sample(features.filter(is_good), _raw_cells(table.filter(is_good), spec, fetcher))
+    return sample, features.filter(pc.invert(is_good))
 
 
 def _raw_cells(table: pa.Table, spec: FeatureSpec, fetcher: ImageFetcher) -> pa.Table:

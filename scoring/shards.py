@@ -1,11 +1,11 @@
 """Inputs to shards: which files there are, what columns and rows they hold, and how they are cut into shards.
 
 Owns listing, inspection (parquet footers, CSV headers), the schema check across files against the predictor's columns,
-and the cutting. Reads no rows (`source`). Every problem of every file is found before anything is reported.
+and the cutting. Reads no rows (`reading`). Every problem of every file is found before anything is reported.
 """
 
 import csv
-import gzip
+import hashlib
 import io
 import logging
 import re
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -24,8 +24,9 @@ from scoring.columns import KeptColumn, ModelColumn, ReadSchema, plain_type
 from scoring.config import DEFAULT_NULL_VALUES, CsvConfig, InputConfig
 from scoring.errors import ConfigError, InputError
 from scoring.images import is_image_type
+from scoring.opening import describe, is_gzip, open_csv_text, open_listed
 from scoring.spec import FeatureSpec
-from scoring.storage import ListedFile, expand, open_input, redact, redact_text
+from scoring.storage import ListedFile, expand, redact
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ _INSPECT_THREADS = 16
 class SourceFile:
     """One input file. `columns` are its own, in order, with plain arrow types; `partition` the Hive keys of its path.
 
-    `row_groups` are (rows, bytes) each, empty for CSV, whose `num_rows` is an estimate.
+    `row_groups` are (rows, bytes) each, empty for CSV, whose `num_rows` is an estimate. `footer` is the digest of a parquet
+    file's footer: a file with another one is no longer this file.
     """
 
     uri: str
@@ -58,6 +60,12 @@ class SourceFile:
     partition: dict[str, str | None]
     num_rows: int
     row_groups: tuple[tuple[int, int], ...] = ()
+    footer: str = ""
+
+    @property
+    def listed(self) -> ListedFile:
+        """The file as the listing had it."""
+        return ListedFile(self.uri, self.size_bytes, self.version)
 
     @property
     def all_columns(self) -> dict[str, pa.DataType]:
@@ -67,6 +75,15 @@ class SourceFile:
     def is_text(self, name: str) -> bool:
         """Whether a column's cells are text that we cast: all of a CSV, and partition keys."""
         return self.format == "csv" or name not in self.columns
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A file that cannot be read, and why. `num_rows` is how many rows are lost with it, None where nobody knows."""
+
+    source_file: str
+    reason: str
+    num_rows: int | None
 
 
 @dataclass(frozen=True)
@@ -149,23 +166,46 @@ def _format(uri: str, config: InputConfig) -> Format | None:
 
 
 def inspect_files(listing: Sequence[ListedFile], config: InputConfig) -> tuple[SourceFile, ...]:
-    """Read every footer and header. Raises InputError naming every file that cannot be read, with its reason."""
+    """Read every footer and header; under input.on_bad_file=skip the files that cannot be read are left out.
 
-    def inspect(file: ListedFile) -> SourceFile | str:
+    Under fail it raises InputError naming every such file, with its reason.
+    """
+    files, bad_files = inspect_all(listing, config)
+    if bad_files and config.on_bad_file == "fail":
+        raise _unreadable(bad_files, len(listing))
+    return files
+
+
+def inspect_all(
+    listing: Sequence[ListedFile], config: InputConfig
+) -> tuple[tuple[SourceFile, ...], tuple[BadFile, ...]]:
+    """Read every footer and header: the files to score, and those that cannot be read, in the listing's order.
+
+    Raises InputError, under either policy, when that leaves no file to score.
+    """
+
+    def inspect(file: ListedFile) -> SourceFile | BadFile:
         try:
             return _inspect(file, config)
         except (OSError, ValueError, pa.ArrowException, csv.Error, EOFError, zlib.error) as error:
-            return f"{redact(file.uri)}: {_first_line(error)}"
+            return BadFile(redact(file.uri), describe(error), num_rows=None)
 
     with ThreadPoolExecutor(_INSPECT_THREADS) as pool:
         inspected = list(pool.map(inspect, listing))
-    problems = [item for item in inspected if isinstance(item, str)]
-    if problems:
-        advice = "restore or remove these files"
-        raise InputError(
-            "\n".join([f"{len(problems)} of {len(listing)} input files cannot be read; {advice}:", *problems])
-        )
-    return tuple(item for item in inspected if isinstance(item, SourceFile))
+    files = tuple(item for item in inspected if isinstance(item, SourceFile))
+    bad_files = tuple(item for item in inspected if isinstance(item, BadFile))
+    if bad_files and not files:
+        raise _unreadable(bad_files, len(listing))
+    if config.on_bad_file == "skip":
+        for bad in bad_files:
+            logger.warning("input.on_bad_file=skip: %s cannot be read and is left out: %s", bad.source_file, bad.reason)
+    return files, bad_files
+
+
+def _unreadable(bad_files: Sequence[BadFile], num_files: int) -> InputError:
+    advice = "restore or remove these files"
+    head = f"{len(bad_files)} of {num_files} input files cannot be read; {advice}:"
+    return InputError("\n".join([head, *(f"{bad.source_file}: {bad.reason}" for bad in bad_files)]))
 
 
 def _inspect(file: ListedFile, config: InputConfig) -> SourceFile:
@@ -174,11 +214,15 @@ def _inspect(file: ListedFile, config: InputConfig) -> SourceFile:
 
 
 def _inspect_parquet(file: ListedFile, _: CsvConfig) -> SourceFile:
-    with open_input(file.uri) as stream, pq.ParquetFile(stream) as parquet:
+    with open_listed(file) as stream, pq.ParquetFile(stream) as parquet:
         metadata = parquet.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         schema = parquet.schema_arrow
     _refuse_duplicates(schema.names)
+    rows = [group.num_rows for group in groups]
+    # Identities come from these numbers, also for rows that cannot be read.
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise ValueError(f"its footer says {metadata.num_rows} rows, its row groups {rows[:5]}; rewrite the file")
     return SourceFile(
         uri=file.uri,
         source_file=redact(file.uri),
@@ -189,15 +233,23 @@ def _inspect_parquet(file: ListedFile, _: CsvConfig) -> SourceFile:
         partition=partition_keys(file.uri),
         num_rows=metadata.num_rows,
         row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
+        footer=footer_digest(metadata),
     )
 
 
+def footer_digest(metadata: pq.FileMetaData) -> str:
+    """What a footer says (row counts, offsets, sizes, statistics), so that a file put in another's place is noticed."""
+    written = pa.BufferOutputStream()
+    metadata.write_metadata_file(written)
+    return hashlib.blake2b(written.getvalue(), digest_size=16).hexdigest()
+
+
 def _inspect_csv(file: ListedFile, config: CsvConfig) -> SourceFile:
-    with open_csv_text(file.uri) as stream:
+    with open_csv_text(file) as stream:
         sample = stream.read(_CSV_SAMPLE_BYTES)
     header, sample_rows = _csv_sample(sample, config)
     _refuse_duplicates(header)
-    size = file.size_bytes * (_GZIP_FACTOR if _is_gzip(file.uri) else 1)
+    size = file.size_bytes * (_GZIP_FACTOR if is_gzip(file.uri) else 1)
     return SourceFile(
         uri=file.uri,
         source_file=redact(file.uri),
@@ -208,16 +260,6 @@ def _inspect_csv(file: ListedFile, config: CsvConfig) -> SourceFile:
         partition=partition_keys(file.uri),
         num_rows=sample_rows if len(sample) < _CSV_SAMPLE_BYTES else round(size / len(sample) * sample_rows),
     )
-
-
-def open_csv_text(uri: str) -> io.BufferedIOBase:
-    """A CSV file's bytes, decompressed where its name ends in .gz."""
-    stream = cast(io.BufferedIOBase, open_input(uri))
-    return cast(io.BufferedIOBase, gzip.GzipFile(fileobj=stream)) if _is_gzip(uri) else stream
-
-
-def _is_gzip(uri: str) -> bool:
-    return redact(uri).lower().endswith(".gz")
 
 
 def _csv_sample(sample: bytes, config: CsvConfig) -> tuple[list[str], int]:
@@ -248,10 +290,6 @@ def partition_keys(uri: str) -> dict[str, str | None]:
     return {
         key: None if value == _HIVE_NULL else unquote(value) for key, value in (match.groups() for match in matches)
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (redact_text(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def plan_inputs(

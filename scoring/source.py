@@ -3,20 +3,24 @@
 Owns how shards become read tasks, and the note each task leaves of the rows it read. Rows are `reading.py`'s.
 """
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import DataContext
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from scoring.accounts import Range, is_done
+from scoring.accounts import Range, ReadNote, is_done
 from scoring.columns import SHARD, SOURCE_ROW, ReadSchema
 from scoring.config import CsvConfig
+from scoring.errors import Reason
 from scoring.ledger import AttemptFolder
-from scoring.reading import read_shard
+from scoring.reading import UnreadableFileError, read_shard
 from scoring.shards import InputPlan, Shard
+
+logger = logging.getLogger(__name__)
 
 # Small files share a task: 10,000 files of 1,000 rows are 1,000 tasks, not 10,000.
 _TASK_ROWS = 10_000
@@ -105,12 +109,26 @@ def read_shards(
     block_rows: int,
     done: Mapping[int, Sequence[Range]],
 ) -> Iterator[pa.Table]:
-    """One read task: the blocks of its shards less the rows that are done, then the note of how many rows each held."""
-    rows_read = {shard.index: 0 for shard in shards}
+    """One read task: the blocks of its shards less the rows that are done, then the notes of what each held."""
+    notes: dict[int, ReadNote] = {}
     for shard in shards:
-        for block in read_shard(shard, schema, csv_config, block_rows):
-            rows_read[shard.index] += block.num_rows
-            assert block.num_rows == 0 or block[SHARD][0].as_py() == shard.index
-            is_left = ~is_done(block[SOURCE_ROW].to_numpy(), done.get(shard.index, ()))
-            yield block if is_left.all() else block.filter(pa.array(is_left))
-    attempt.write_reads(shards[0].index, json.dumps({str(index): rows for index, rows in rows_read.items()}))
+        note = ReadNote(0)
+        try:
+            for block in read_shard(shard, schema, csv_config, block_rows):
+                assert block.num_rows == 0 or block[SHARD][0].as_py() == shard.index
+                note = _noted(note, block)
+                is_left = ~is_done(block[SOURCE_ROW].to_numpy(), done.get(shard.index, ()))
+                yield block if is_left.all() else block.filter(pa.array(is_left))
+        except UnreadableFileError as error:
+            note = ReadNote(error.rows_read, lost=None, error=error.reason)
+        if note.error:
+            logger.warning("%s: %s", shard.file.source_file, note.error)
+        notes[shard.index] = note
+    attempt.write_reads(shards[0].index, notes)
+
+
+def _noted(note: ReadNote, block: pa.Table) -> ReadNote:
+    """The note with a block's rows added, and those of them that a broken file took with it."""
+    lost = block.filter(pc.equal(block["reason"], Reason.FILE_UNREADABLE.value))
+    error = note.error or (lost["message"][0].as_py() if lost.num_rows else "")
+    return ReadNote(note.rows + block.num_rows, (note.lost or 0) + lost.num_rows, error)

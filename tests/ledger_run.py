@@ -75,7 +75,7 @@ def make_plan(work: Path, retry_of: str | None = None) -> Plan:
         mark = retry_fingerprint(mark, old)
     folder = RunFolder(str(work / "out"), f"{retry_of}-again" if retry_of else RUN_ID, LEASE_S)
     rows = inputs.estimated_rows
-    return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow, rows, old)
+    return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow, rows, (), old)
 
 
 def score_here(plan: Plan, attempt: AttemptFolder, diary: Path) -> dict[str, float]:

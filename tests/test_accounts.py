@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from scoring.accounts import (
     PartFile,
+    ReadNote,
     Receipt,
     ShardAccount,
     ShardReceipt,
@@ -197,7 +198,7 @@ def test_receipts_of_several_tasks_add_up() -> None:
         files=(part("scores/2", 2),),
         reasons={"row_malformed": 1, "image_missing": 3},
     )
-    accounts = add_up([PARQUET, CSV], {1: 3}, [first, second])
+    accounts = add_up([PARQUET, CSV], {1: ReadNote(3)}, [first, second])
     assert accounts.is_complete
     assert accounts.shards == (
         ShardAccount("/d/a.parquet", 0, 4, 3, 1, f"{checksum('/d/a.parquet', [10, 11, 12, 13]):016x}", "complete"),
@@ -245,15 +246,15 @@ def test_a_csv_shard_needs_the_note_of_its_reader() -> None:
     rows = receipt({1: (CSV.source_file, [0, 1], [])})
     without = add_up([CSV], {}, [rows])
     assert (without.shards[0].state, without.shards[0].rows_read) == ("incomplete", 0)
-    assert add_up([CSV], {1: 3}, [rows]).shards[0].state == "incomplete"
-    assert add_up([CSV], {1: 2}, [rows]).shards[0].state == "complete"
-    assert add_up([CSV], {1: 0}, []).shards[0].state == "complete"
+    assert add_up([CSV], {1: ReadNote(3)}, [rows]).shards[0].state == "incomplete"
+    assert add_up([CSV], {1: ReadNote(2)}, [rows]).shards[0].state == "complete"
+    assert add_up([CSV], {1: ReadNote(0)}, []).shards[0].state == "complete"
     assert add_up([CSV], {}, []).shards[0].state == "incomplete"
 
 
 def test_a_parquet_shard_goes_by_its_footer_not_by_the_note() -> None:
     rows = receipt({0: (PARQUET.source_file, [10, 11, 12], [])})
-    assert not add_up([PARQUET], {0: 3}, [rows]).is_complete
+    assert not add_up([PARQUET], {0: ReadNote(3)}, [rows]).is_complete
 
 
 def test_a_run_without_rows_is_complete() -> None:
@@ -271,7 +272,7 @@ def test_incomplete_shards_name_the_first_three() -> None:
     with pytest.raises(
         IncompleteError, match=r"^4 of 5 shards are incomplete \(/d/1\.csv.*/d/2\.csv.*/d/3\.csv.*\)"
     ) as caught:
-        check_complete(add_up(shards, {0: 0}, []))
+        check_complete(add_up(shards, {0: ReadNote(0)}, []))
     assert "/d/4.csv" not in str(caught.value)
 
 

@@ -93,7 +93,7 @@ def test_every_setting_describes_itself_with_its_default() -> None:
                 leaves += 1
                 said = "required" if field.is_required() else "default"
                 assert said in field.description, f"{model.__name__}.{name}"
-    assert leaves == 29
+    assert leaves == 30
 
 
 def test_the_tree_is_frozen_and_takes_no_other_field(tmp_path: Path) -> None:
@@ -213,6 +213,18 @@ def test_relative_paths_of_every_source_start_from_cwd(tmp_path: Path) -> None:
 def test_images_base_is_the_working_directory_unless_named(tmp_path: Path) -> None:
     assert load(tmp_path).images.base == str(tmp_path)
     assert load(tmp_path, "images.base=null").images.base == str(tmp_path)
+
+
+def test_images_are_confined_where_the_base_is_named(tmp_path: Path) -> None:
+    assert load(tmp_path).images.confined is False
+    assert load(tmp_path, "images.base=null").images.confined is False
+    assert load(tmp_path, "images.base=pictures").images.confined is True
+    assert load(tmp_path, "images.base=s3://b/pictures").images.confined is True
+    assert load(tmp_path, f"images.base={tmp_path}").images.confined is True
+    assert load(tmp_path, text="images: {base: pictures}").images.confined is True
+    assert load(tmp_path, "images.base=null", text="images: {base: pictures}").images.confined is False
+    assert load(tmp_path, "images.base=pictures", "images.confined=false").images.confined is False
+    assert load(tmp_path, "images.confined=true").images.confined is True
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,13 +350,13 @@ def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     flags = {"input.paths": ["data"], "output.path": "data/out"}
-    found = problems(tmp_path, "batch.row=1", "foo", "input.on_bad_file=skip", flags=flags, text="batch: {rows: x}")
+    found = problems(tmp_path, "batch.row=1", "foo", "run.incremental=true", flags=flags, text="batch: {rows: x}")
     assert [line.partition(":")[0] for line in found] == [
         "foo",
         "batch.rows",
         "batch.row",
         "predictor.path",
-        "input.on_bad_file",
+        "run.incremental",
         "output.path",
     ]
 
@@ -359,7 +371,6 @@ def test_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("input.on_bad_file=skip", "input.on_bad_file: 'skip' is not built yet; use fail"),
         ("run.incremental=true", "run.incremental: true is not built yet; use false"),
     ],
 )
@@ -370,7 +381,6 @@ def test_setting_that_is_not_built_is_refused(tmp_path: Path, override: str, mes
 @pytest.mark.parametrize(
     "override",
     [
-        "input.on_bad_file=fail",
         "run.incremental=false",
     ],
 )
@@ -508,7 +518,7 @@ def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
 
 def test_describe_lists_every_key_once_as_text(tmp_path: Path) -> None:
     listed = describe(load(tmp_path, "input.keep=[id, ü]"))
-    assert len(listed) == len({key for key, _ in listed}) == 29
+    assert len(listed) == len({key for key, _ in listed}) == 30
     assert dict(listed)["input.keep"] == '["id", "ü"]'
     assert dict(listed)["batch.tokens"] == "null"
     assert dict(listed)["engine.provider"] == "auto"
@@ -537,7 +547,7 @@ def printed(
         "input.csv.delimiter=;",
         "input.csv.encoding=cp1252",
         "input.csv.null_values=[NA]",
-        "images.base=other",
+        "images.confined=true",
         "images.decode=exact",
         "images.on_error=blank",
         "images.schemes=[file]",
@@ -551,6 +561,16 @@ def test_setting_that_decides_scores_changes_the_fingerprint(tmp_path: Path, ove
     assert after.digest != before.digest
     (difference,) = after.differences(before.parts)
     assert difference.startswith(f"{override.partition('=')[0]}: was ")
+
+
+def test_naming_the_base_confines_images_to_it(tmp_path: Path) -> None:
+    unnamed, named = printed(tmp_path), printed(tmp_path, "images.base=other")
+    assert named.differences(unnamed.parts) == [
+        f'images.base: was "{tmp_path}", now "{tmp_path}/other"',
+        "images.confined: was false, now true",
+    ]
+    loose = printed(tmp_path, "images.base=other", "images.confined=false")
+    assert loose.differences(unnamed.parts) == [f'images.base: was "{tmp_path}", now "{tmp_path}/other"']
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def job(tabular: Predictor, score_without_ray: ScoreCommand, tmp_path: Path) -> 
         (["--set", "images.max_fraction=1"], ["images.max_fraction: unknown key", "'quarantine.max_fraction'"]),
         (["--set", "batch.rows=many"], ["batch.rows", "'many'"]),
         (["--set", "output.path=/elsewhere"], ["output.path", "/elsewhere"]),
-        (["--set", "input.on_bad_file=skip"], ["input.on_bad_file: 'skip' is not built yet"]),
+        (["--set", "run.incremental=true"], ["run.incremental: true is not built yet"]),
         (["--set", "engine.provider=cpu", "--set", "engine.precision=fp16"], ["fp16 contradicts engine.provider=cpu"]),
         (["--set", "input.keep=[nowhere]"], ["input.keep: nowhere in no input file"]),
         (["--set", "predictor.sha256=" + "0" * 64], ["predictor.sha256", "0" * 64, "nothing was unpickled"]),

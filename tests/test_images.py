@@ -2,15 +2,26 @@
 
 import base64
 import io
+import json
 import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
 import uuid
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
+import PIL.EpsImagePlugin
 import PIL.Image
 import pyarrow as pa
 import pytest
@@ -219,7 +230,7 @@ def test_object_stores() -> None:
 
 
 def test_failures_of_a_driver_stay_with_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(uri: str) -> bytes:
+    def fail(uri: str, max_bytes: int, timeout_s: float) -> bytes:
         if "slow" in uri:
             Event().wait(5)
         if "broken" in uri:
@@ -239,6 +250,238 @@ def test_failures_of_a_driver_stay_with_their_row(monkeypatch: pytest.MonkeyPatc
     )
     assert isinstance(late, BadImageError)
     assert (late.reason, str(late)) == (Reason.IMAGE_TIMEOUT, "s3://b/slow: no answer within images.timeout_s=0.2")
+
+
+def test_files_that_pixels_cannot_explain_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring.images, "_METADATA_BYTES", 1000)
+    path = tmp_path / "a.png"
+    root = f"memory://{uuid.uuid4().hex}"
+    for size in (1800, 1801):
+        with path.open("wb") as file:
+            file.truncate(size)
+        write_bytes(f"{root}/a.png", bytes(size))
+        local = fetch("a.png", tmp_path, max_pixels=100)
+        remote = fetch("a.png", root, max_pixels=100)
+        if size == 1800:
+            assert (local, remote) == (bytes(1800), bytes(1800))
+        else:
+            for error, shown in [(local, path), (remote, f"{root}/a.png")]:
+                assert isinstance(error, BadImageError)
+                assert (error.reason, str(error)) == (
+                    Reason.IMAGE_TOO_LARGE,
+                    f"{shown}: holds over 1800 bytes, more than images.max_pixels can need",
+                )
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**40)
+    assert refusal("a.png", tmp_path)[0] == Reason.IMAGE_TOO_LARGE
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is opened while the test runs: local paths, and the drivers asked for."""
+    names: list[str] = []
+    read_local, find_driver = scoring.images._read_local, fsspec.filesystem
+
+    def note_local(path: str, max_bytes: int) -> bytes | BadImageError:
+        names.append(path)
+        return read_local(path, max_bytes)
+
+    def note_driver(protocol: str, **options: Any) -> Any:
+        names.append(protocol)
+        return find_driver(protocol, **options)
+
+    monkeypatch.setattr(scoring.images, "_read_local", note_local)
+    monkeypatch.setattr(fsspec, "filesystem", note_driver)
+    return names
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "http://127.0.0.1:1/a.png",
+        "HTTPS://127.0.0.1:1/a.png",
+        "Memory://b/a.png",
+        "ftp://127.0.0.1:1/a.png",
+        "github://o:r@/a.png",
+        "zip://a.png::file:///b.zip",
+        "simplecache://a.png",
+        "reference://a.png",
+        "data://a",
+        "file://http://127.0.0.1:1/a.png",
+        "FILE://HTTP://127.0.0.1:1/a.png",
+        "file://localhosthttp://127.0.0.1:1/a.png",
+        "file://%68ttp://127.0.0.1:1/a.png",
+        "file://memory://b/a.png",
+        "file://other-host/etc/passwd",
+        "file://etc/passwd",
+    ],
+)
+@pytest.mark.parametrize("confined", [False, True])
+def test_what_is_not_allowed_is_not_opened(tmp_path: Path, reference: str, confined: bool, opened: list[str]) -> None:
+    assert refusal(reference, tmp_path, confined=confined)[0] == Reason.URI_FORBIDDEN
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "simplecache::http://127.0.0.1:1/a.png",
+        "filecache::memory://b/a.png",
+        "SIMPLECACHE::HTTP://127.0.0.1:1/a.png",
+        " http://127.0.0.1:1/a.png",
+        "\thttp://127.0.0.1:1/a.png",
+        "x://127.0.0.1:1/a.png",
+        "http:/127.0.0.1:1/a.png",
+        "file:/etc/passwd",
+    ],
+)
+def test_what_is_no_uri_is_a_path_below_the_base(tmp_path: Path, reference: str, opened: list[str]) -> None:
+    assert refusal(reference, tmp_path)[0] == Reason.IMAGE_MISSING
+    assert opened == [f"{tmp_path}/{reference}"]
+    opened.clear()
+    assert refusal(reference, f"memory://{uuid.uuid4().hex}")[0] == Reason.IMAGE_MISSING
+    assert opened == ["memory"]
+
+
+def test_chained_uris_of_an_allowed_scheme_stay_with_it(opened: list[str]) -> None:
+    write_bytes("memory://chained/a.png::memory://b", PNG)
+    opened.clear()
+    assert fetch("memory://chained/a.png::memory://b", "/", schemes=("memory",)) == PNG
+    assert opened == ["memory"]
+
+
+# --- staying below the base
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """A base with a picture, one beside it, and links both ways."""
+    for folder in ("base/in", "base2"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.png").write_bytes(PNG)
+    base = tmp_path / "base"
+    (base / "link.png").symlink_to(base / "in" / "a.png")
+    (base / "out.png").symlink_to(tmp_path / "base2" / "a.png")
+    (base / "folder").symlink_to(tmp_path / "base2")
+    (base / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "door").symlink_to(base)
+    return base
+
+
+@pytest.mark.parametrize("confined", [False, True])
+def test_paths_below_the_base_are_read(album: Path, confined: bool) -> None:
+    for base in (album, f"{album}/", album.parent / "door", f"{album}/in/.."):
+        for reference in (
+            "in/a.png",
+            "in/../in/./a.png",
+            "../base/in/a.png",
+            "link.png",
+            f"{album}/in/a.png",
+            f"{album.parent}/door/in/a.png",
+            f"file://{album}/in/a.png",
+        ):
+            assert fetch(reference, base, confined=confined) == PNG
+    assert fetch(f"{album}/in/a.png", "/", confined=confined) == PNG
+
+
+def test_paths_that_leave_the_base_are_forbidden(album: Path, opened: list[str]) -> None:
+    references = (
+        "../base2/a.png",
+        "in/../../base2/a.png",
+        f"{album.parent}/base2/a.png",
+        f"file://{album.parent}/base2/a.png",
+        f"file://{album}/in/..%2F..%2Fbase2/a.png",
+        "out.png",
+        "folder/a.png",
+        "folder/../base2/a.png",
+        "dangling.png",
+        "/etc/passwd",
+        "/dev/zero",
+        "..",
+        ".",
+    )
+    for reference in references:
+        assert refusal(reference, album, confined=True) == (
+            Reason.URI_FORBIDDEN,
+            f"{reference}: leads out of images.base={album}; move it below, or set images.confined=false",
+        )
+    assert opened == []
+    for reference in references[:7]:
+        assert fetch(reference, album) == PNG
+
+
+def test_a_confined_path_that_is_not_there_is_missing(album: Path) -> None:
+    assert refusal("in/gone.png", album, confined=True)[0] == Reason.IMAGE_MISSING
+    assert refusal("a\0b", album, confined=True)[0] == Reason.IMAGE_MISSING
+    assert refusal("n" * 300, album, confined=True)[0] == Reason.IMAGE_MISSING
+
+
+def test_a_remote_base_is_left_by_uri_alone() -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    write_bytes(f"{root}/in/a.png", PNG)
+    for reference in ("a.png", "./a.png", "x/../a.png", "..a.png"):
+        content = fetch(reference, f"{root}/in", confined=True)
+        assert content == PNG or (isinstance(content, BadImageError) and content.reason == Reason.IMAGE_MISSING)
+    for reference in ("../in/a.png", "x/../../in/a.png", "%2e%2e/in/a.png", "..%2Fin/a.png", "/etc/passwd", ".."):
+        assert refusal(reference, f"{root}/in", confined=True)[0] == Reason.URI_FORBIDDEN
+    assert fetch(f"{root}/in/a.png", f"{root}/other", confined=True, schemes=("memory",)) == PNG
+    assert fetch(f"{root}/in/a.png", "/nowhere", confined=True, schemes=("memory",)) == PNG
+
+
+# --- slow servers
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A web server: /a.png is a picture, /redirect leads to it, anything else takes the request and never answers."""
+    done = Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/redirect":
+                self.send_response(302)
+                self.send_header("Location", "/a.png")
+                self.end_headers()
+            elif self.path == "/a.png":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(PNG)
+            else:
+                done.wait(30)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.daemon_threads = True
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}"
+    done.set()
+    served.shutdown()
+    served.server_close()
+
+
+def test_dead_addresses_do_not_hold_up_the_others(server: str) -> None:
+    fetcher = ImageFetcher(ImagesConfig(base="/", schemes=("http",), timeout_s=1.0))
+    started = time.monotonic()
+    contents = fetcher.fetch_all([[[f"{server}/dead{i}", None]] for i in range(20)])
+    # 16 at a time: two rounds of a second, not 20 of them.
+    assert time.monotonic() - started < 10
+    errors = [row[0][0] for row in contents]
+    assert {error.reason for error in errors if isinstance(error, BadImageError)} == {Reason.IMAGE_TIMEOUT}
+    assert len(errors) == 20
+    assert fetcher.fetch_all([[[f"{server}/a.png", f"{server}/redirect"]]]) == [[[PNG, PNG]]]
+
+
+def test_a_closed_port_is_a_missing_image() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    reason, message = refusal(f"http://127.0.0.1:{port}/a.png", "/", schemes=("http",))
+    assert (reason, "cannot be read: ClientConnectorError" in message) == (Reason.IMAGE_MISSING, True)
 
 
 # --- decoding
@@ -316,6 +559,210 @@ def test_max_pixels_is_a_limit_on_the_product() -> None:
     assert (caught.value.reason, str(caught.value)) == (
         Reason.IMAGE_TOO_LARGE,
         "8 x 6 pixels is over images.max_pixels=47",
+    )
+
+
+# --- bombs: small files that want much memory or time
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey PNG of zeros, whose pixels pack a thousandfold."""
+    packer = zlib.compressobj()
+    rows = [packer.compress(bytes(width + 1)) for _ in range(height)]
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", b"".join([*rows, packer.flush()])), (b"IEND", b"")]
+    sealed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(sealed)
+
+
+def icon(picture: bytes) -> bytes:
+    """An ICO whose directory says 16 x 16."""
+    directory = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(picture), 22)
+    return struct.pack("<HHH", 0, 1, 1) + directory + picture
+
+
+def mac_icon(picture: bytes) -> bytes:
+    """An ICNS whose block is that of a 128 x 128 picture."""
+    block = b"ic07" + struct.pack(">I", len(picture) + 8) + picture
+    return b"icns" + struct.pack(">I", len(block) + 8) + block
+
+
+def tiff(size: tuple[int, int], tile: tuple[int, int]) -> bytes:
+    packer = zlib.compressobj()
+    data = b"".join([*(packer.compress(bytes(tile[0])) for _ in range(tile[1])), packer.flush()])
+    tags = {
+        256: size[0],
+        257: size[1],
+        258: 8,
+        259: 8,
+        262: 1,
+        277: 1,
+        322: tile[0],
+        323: tile[1],
+        324: 8,
+        325: len(data),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def gif(screen: tuple[int, int], frame: tuple[int, int], num_frames: int = 1) -> bytes:
+    palette = b"\0\0\0\xff\xff\xff"
+    one = b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x44\x01\x00"
+    return b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + palette + one * num_frames + b";"
+
+
+def webp(canvas: tuple[int, int]) -> bytes:
+    """A film with one frame of one pixel."""
+    frame = encode(solid("RGB", 0).resize((1, 1)), "WEBP", lossless=True)[12:]
+    flags = b"VP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + b"".join(struct.pack("<I", n - 1)[:3] for n in canvas)
+    placed = bytes(12) + b"\x64\0\0\0" + frame
+    body = (
+        b"WEBP" + flags + b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(placed)) + placed
+    )
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def bmp(width: int, height: int) -> bytes:
+    """Run lengths: the picture ends with its first row."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 2, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 1024 + 2, 0, 0, 54 + 1024) + header + bytes(1024) + b"\0\1"
+
+
+def progressive(num_scans: int, before: bytes = b"", after: bytes = b"") -> bytes:
+    """A progressive JPEG of this many scans, the last one repeated; `before` is a comment."""
+    content = encode(PIL.Image.new("RGB", (64, 64), (200, 10, 10)), "JPEG", progressive=True)
+    start, end = content.rindex(b"\xff\xda"), len(content) - 2
+    scans = content[start:end] * (num_scans - content.count(b"\xff\xda") + 1)
+    comment = b"\xff\xfe" + struct.pack(">H", len(before) + 2) + before if before else b""
+    return content[:2] + comment + content[2:start] + scans + content[end:] + after
+
+
+SIDE = 8000  # 64 MB as it is packed, 256 MB as RGB
+
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "png": (lambda: png(SIDE, SIDE), "image_too_large"),
+    "png text": (lambda: png(8, 6, (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**27)))), "8 x 6"),
+    "png profile": (lambda: png(8, 6, (b"iCCP", b"k\0\0" + zlib.compress(bytes(2**27)))), "8 x 6"),
+    "ico": (lambda: icon(png(SIDE, SIDE)), "image_too_large"),
+    "icns": (lambda: mac_icon(png(SIDE, SIDE)), "image_too_large"),
+    "tiff": (lambda: tiff((SIDE, SIDE), (SIDE, SIDE)), "image_too_large"),
+    "tiff tile": (lambda: tiff((10, 10), (SIDE, SIDE)), "image_too_large"),
+    "gif screen": (lambda: gif((65535, 65535), (1, 1)), "image_too_large"),
+    "gif frame": (lambda: gif((1, 1), (65535, 65535)), "image_too_large"),
+    "webp": (lambda: webp((SIDE, SIDE)), "image_too_large"),
+    "webp canvas": (lambda: webp((2**24, 255)), "image_too_large"),
+    "bmp": (lambda: bmp(SIDE, SIDE), "image_too_large"),
+    "garbage": (lambda: b"\x89PNG\r\n\x1a\n" + b"\xff" * 1000, "image_undecodable"),
+}
+
+_MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from scoring.images import BadImageError, decode_image
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+try:
+    decode_image(b"", max_pixels=1)  # Pillow's plugins are loaded now
+except BadImageError:
+    pass
+for path in sys.argv[1:]:
+    content, before = Path(path).read_bytes(), peak_mib()
+    try:
+        image = decode_image(content, max_pixels=1_000_000)
+        outcome = f"{image.width} x {image.height}"
+    except BadImageError as error:
+        outcome = error.reason.value
+    print(json.dumps([Path(path).name, outcome, peak_mib() - before]))
+"""
+
+
+def test_headers_that_lie_take_no_memory(tmp_path: Path) -> None:
+    for name, (make, _) in BOMBS.items():
+        (tmp_path / name).write_bytes(make())
+    paths = [str(tmp_path / name) for name in BOMBS]
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *paths], capture_output=True, text=True, check=True, timeout=300
+    )
+    measured = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {name: outcome for name, outcome, _ in measured} == {name: outcome for name, (_, outcome) in BOMBS.items()}
+    assert {name: grown for name, _, grown in measured if grown > 30} == {}
+
+
+def test_a_picture_inside_is_told_by_its_pixels() -> None:
+    with pytest.raises(BadImageError) as caught:
+        decode_image(icon(png(300, 200)), max_pixels=20_000)
+    assert (caught.value.reason, str(caught.value)) == (
+        Reason.IMAGE_TOO_LARGE,
+        "a picture of 60000 pixels is over images.max_pixels=20000",
+    )
+    with pytest.raises(BadImageError, match=r"^300 x 200 pixels is over images\.max_pixels=40000$"):
+        decode_image(icon(png(300, 200)), max_pixels=40_000)
+    assert decode_image(icon(png(300, 200)), max_pixels=60_000).size == (300, 200)
+
+
+def test_tiles_count_like_pixels() -> None:
+    with pytest.raises(BadImageError) as caught:
+        decode_image(tiff((10, 10), (64, 64)), max_pixels=4095)
+    assert (caught.value.reason, str(caught.value)) == (
+        Reason.IMAGE_TOO_LARGE,
+        "a tile of 64 x 64 pixels is over images.max_pixels=4095",
+    )
+    assert decode_image(tiff((10, 10), (64, 64)), max_pixels=4096).size == (10, 10)
+
+
+@pytest.mark.timeout(30)
+def test_films_of_many_frames_cost_one(tmp_path: Path) -> None:
+    assert decode_image(gif((10, 10), (10, 10), num_frames=500_000), max_pixels=100).size == (10, 10)
+    frames = [solid("RGB", (i, 0, 0)) for i in range(40)]
+    for kind in ("WEBP", "PNG", "TIFF"):
+        content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert decode_image(content, max_pixels=16).size == (4, 4)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_image(progressive(101), max_pixels=MAX_PIXELS).size == (64, 64)  # small: done in no time
+    monkeypatch.setattr(scoring.images, "_COUNTED_WORK", 64 * 64 * 1000)
+    assert decode_image(progressive(100), max_pixels=MAX_PIXELS).size == (64, 64)
+    with pytest.raises(BadImageError) as caught:
+        decode_image(progressive(101), max_pixels=MAX_PIXELS)
+    assert (caught.value.reason, str(caught.value)) == (
+        Reason.IMAGE_TOO_LARGE,
+        "a JPEG of 101 scans, where encoders write about 10; 100 are read",
+    )
+
+
+def test_what_looks_like_scans_in_a_comment_or_behind_the_picture_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring.images, "_COUNTED_WORK", 0)
+    film = b"\xff\xda\0\x0c" * 2000
+    for content in (progressive(10, before=film), progressive(10, after=film)):
+        np.testing.assert_array_equal(pixels_of(content), pixels_of(progressive(10)))
+
+
+def test_a_slow_image_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pillow decodes QOI in Python: 62 pixels a byte, a second for 30 million.
+    content = b"qoif" + struct.pack(">II", 4000, 4000) + b"\3\0" + b"\xfd" * 300_000
+    monkeypatch.setattr(scoring.images, "_MAX_DECODE_S", 0.02)
+    with pytest.raises(BadImageError) as caught:
+        decode_image(content, max_pixels=16_000_000)
+    assert (caught.value.reason, str(caught.value)) == (Reason.IMAGE_TIMEOUT, "not decoded within 0.02 s")
+
+
+def test_a_program_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", run)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n%%EOF\n"
+    with pytest.raises(BadImageError) as caught:
+        decode_image(content, max_pixels=MAX_PIXELS)
+    assert (caught.value.reason, str(caught.value)) == (
+        Reason.IMAGE_UNDECODABLE,
+        "an EPS file is a program, which is not run; convert it",
     )
 
 

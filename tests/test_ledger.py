@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scoring.accounts import PartFile, Receipt, ShardReceipt
+from scoring.accounts import PartFile, ReadNote, Receipt, ShardReceipt
 from scoring.config import Fingerprint
 from scoring.errors import FingerprintError, LockError
 from scoring.ledger import AttemptFolder, RunFolder, Taken, takes_decisions
@@ -120,10 +120,10 @@ def test_an_attempt_keeps_parts_notes_and_receipts(output: str) -> None:
     assert attempt.write_part("scores", 7, b"rows") == "scores/part-20240101-ab-000007.parquet"
     assert read_bytes(join(output, "runs", "r", "scores", "part-20240101-ab-000007.parquet")) == b"rows"
     assert (attempt.read_notes(), attempt.receipts()) == ({}, [])
-    attempt.write_reads(0, '{"0": 5, "1": 2}')
-    attempt.write_reads(12, '{"12": 9}')
-    attempt.write_reads(0, '{"0": 5, "1": 3}')  # a retried task
-    assert attempt.read_notes() == {0: 5, 1: 3, 12: 9}
+    attempt.write_reads(0, {0: ReadNote(5), 1: ReadNote(2)})
+    attempt.write_reads(12, {12: ReadNote(9, None, "cut off")})
+    attempt.write_reads(0, {0: ReadNote(5), 1: ReadNote(3, 2, "bad page")})  # a retried task
+    assert attempt.read_notes() == {0: ReadNote(5), 1: ReadNote(3, 2, "bad page"), 12: ReadNote(9, None, "cut off")}
     written = [write(attempt, task, (10 * task, 10 * task + 5)) for task in (11, 2)]
     attempt.write_receipt(written[0])
     assert attempt.receipts() == [written[1], written[0]]
@@ -138,14 +138,14 @@ def test_an_attempt_takes_over_what_has_a_receipt_and_the_rest_is_gone(
     assert first.is_open
     done = write(first, 0, (0, 5))
     write(first, 1, (5, 9), receipted=False)
-    first.write_reads(0, '{"0": 40}')
+    first.write_reads(0, {0: ReadNote(40)})
     write_bytes(join(first.decisions_uri, "cpu.json"), b'{"provider": "torch"}')
     write_bytes(join(first.decisions_uri, "refused-ab.json"), b"{}")
     hold.release()
     with caplog.at_level(logging.INFO):
         second = run.begin(started(run))
     assert "run r1: 5 rows are done already; the rest is scored" in caplog.text
-    assert (second.receipts(), second.read_notes()) == ([done], {0: 40})
+    assert (second.receipts(), second.read_notes()) == ([done], {0: ReadNote(40)})
     assert second.decisions() == {"cpu": {"provider": "torch"}}, "the run's scores come from one engine"
     assert list_names(join(run.uri, "scores")) == [done.files[0].path.removeprefix("scores/")]
     assert [attempt.attempt for attempt in run.attempts()] == [second.attempt]
@@ -200,7 +200,7 @@ def test_one_holder_may_begin_again_and_decide_anew(output: str) -> None:
 
 def test_what_was_taken_survives_json(output: str) -> None:
     receipt = write(AttemptFolder(join(output, "runs", "r"), "a"), 3, (0, 2**40))
-    taken = Taken((receipt,), {7: 3})
+    taken = Taken((receipt,), {7: ReadNote(3), 8: ReadNote(1, None, "gone")})
     assert Taken.from_json(taken.to_json()) == taken
 
 

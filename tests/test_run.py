@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from scoring import run as runs
-from scoring.accounts import PartFile, Receipt, ShardReceipt
+from scoring.accounts import PartFile, ReadNote, Receipt, ShardReceipt
 from scoring.decoding import DecodePlan
 from scoring.errors import EngineError, ParityError
 from scoring.ledger import RunFolder
@@ -105,7 +105,7 @@ def test_what_is_left_are_the_shards_that_receipts_do_not_fill(tmp_path: Path) -
     left = runs._left(plan, second := plan.run.begin(holder))
     assert [shard.index for shard in left.inputs.shards] == [0, 2], "a CSV has all its rows only when it was counted"
     assert dict(left.done) == {0: ((0, 90),), 1: ((100, 150),), 2: ((0, 7),)}
-    second.write_reads(2, '{"2": 7}')
+    second.write_reads(2, {2: ReadNote(7)})
     second.write_receipt(receipt(0, s0=(90, 100)))
     assert runs._left(plan, plan.run.begin(holder)).inputs.shards == ()
 

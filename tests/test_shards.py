@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import scoring.shards
+import scoring.opening
 from scoring.columns import KeptColumn, ModelColumn
 from scoring.config import DEFAULT_NULL_VALUES, CsvConfig, InputConfig
 from scoring.errors import ConfigError, InputError
@@ -250,7 +250,7 @@ def test_reasons_do_not_tell_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(uri: str) -> None:
         raise OSError(f"403 for https://user:{'hush' * 100}@host/{uri}?sig=hush")
 
-    monkeypatch.setattr(scoring.shards, "open_input", fail)
+    monkeypatch.setattr(scoring.opening, "open_input", fail)
     with pytest.raises(InputError, match="403 for https://host/") as caught:
         inspected(put_csv(tmp_path / "a.csv", "x\n"))
     assert "hush" not in str(caught.value)
