@@ -7,6 +7,7 @@ replaced by a loop in this process. Imported by tests and by the processes they 
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,12 +20,12 @@ from scoring import run as runs
 from scoring.columns import SOURCE_ROW, mark_rows
 from scoring.config import fingerprint, load_config
 from scoring.decoding import DecodePlan
-from scoring.errors import Reason, Stage
+from scoring.errors import Reason, ScoringError, Stage
 from scoring.ledger import AttemptFolder, RunFolder
 from scoring.parts import PartSchemas, reserved_names, write_task
 from scoring.pipeline import Plan, Timings
 from scoring.retry import retry_fingerprint
-from scoring.shards import inspect_files, list_inputs, plan_inputs
+from scoring.shards import inspect_all, list_inputs, plan_inputs
 from scoring.sizing import size_flow, size_pools
 from scoring.source import read_shards
 from scoring.spec import FeatureSpec, NumericalColumn
@@ -35,6 +36,7 @@ TASK_ROWS = 70
 # While this file lies in the working folder, every 50th row but one fails in the scorer.
 FAULTY = "faulty"
 LEASE_S = 2.0
+DEFAULTS = ("quarantine.max_fraction=0.5", "input.keep=[]")
 SPEC = FeatureSpec(
     "y", "binary", (0, 1), (NumericalColumn("x", 0.0, 1.0, 0.0),), (), (), (), ("numerical_mlp",), (), (), (), False
 )
@@ -59,14 +61,14 @@ def score_of(rows: Any) -> Any:
     return ((rows * 2654435761 % 2**32) / 2**32).astype(np.float32)
 
 
-def make_plan(work: Path, retry_of: str | None = None) -> Plan:
+def make_plan(work: Path, retry_of: str | None = None, settings: Sequence[str] = ()) -> Plan:
     """The plan for `work/data`, published below `work/out`."""
     flags = {"input.paths": [str(work / "data")], "predictor.path": "/p", "output.path": str(work / "out")}
-    config = load_config(
-        file=None, flags=flags, overrides=["quarantine.max_fraction=0.5", "input.keep=[]"], cwd=Path("/")
-    )
+    defaults = [default for default in DEFAULTS if default.partition("=")[0] not in "".join(settings)]
+    config = load_config(file=None, flags=flags, overrides=[*defaults, *settings], cwd=Path("/"))
     listing = list_inputs(config.input)
-    inputs = plan_inputs(inspect_files(listing, config.input), SPEC, config.input, reserved_names(SPEC))
+    files, bad_files = inspect_all(listing, config.input)
+    inputs = plan_inputs(files, SPEC, config.input, reserved_names(SPEC))
     mark = fingerprint(config, predictor_hash="abc", listing=listing, scores_version=1)
     pools = size_pools(config, {"CPU": 2.0})
     flow = size_flow(config, SPEC, pools, DecodePlan(), inputs.estimated_rows)
@@ -75,7 +77,7 @@ def make_plan(work: Path, retry_of: str | None = None) -> Plan:
         mark = retry_fingerprint(mark, old)
     folder = RunFolder(str(work / "out"), f"{retry_of}-again" if retry_of else RUN_ID, LEASE_S)
     rows = inputs.estimated_rows
-    return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow, rows, (), old)
+    return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow, rows, bad_files, old)
 
 
 def score_here(plan: Plan, attempt: AttemptFolder, diary: Path) -> dict[str, float]:
@@ -106,7 +108,7 @@ def score_here(plan: Plan, attempt: AttemptFolder, diary: Path) -> dict[str, flo
     return {}
 
 
-def run_once(work: Path, kill_at: str | None = None, retry_of: str | None = None) -> None:
+def run_once(work: Path, kill_at: str | None = None, retry_of: str | None = None, settings: Sequence[str] = ()) -> None:
     """One driver from its plan to its end, to be called in a process of its own; `kill_at` names where it dies."""
     if kill_at:
         os.environ[KILL_AT] = kill_at
@@ -117,13 +119,17 @@ def run_once(work: Path, kill_at: str | None = None, retry_of: str | None = None
 
     # Both ask Ray, the first for its nodes.
     with patch.object(runs, "check_output"), patch.object(runs, "score", score):
-        outcome = runs.run(make_plan(work, retry_of), Timings())
+        try:
+            outcome = runs.run(make_plan(work, retry_of, settings), Timings())
+        except ScoringError as error:
+            (work / "error.txt").write_text(str(error))
+            raise SystemExit(error.exit_code) from error
     (work / "outcome.json").write_text(json.dumps({"totals": outcome.totals, "was_published": outcome.was_published}))
 
 
-def drive(work: Path, kill_at: str | None = None, retry_of: str | None = None) -> int:
+def drive(work: Path, kill_at: str | None = None, retry_of: str | None = None, settings: Sequence[str] = ()) -> int:
     """`run_once` in a process; its exit code, -9 where it was killed."""
-    process = CONTEXT.Process(target=run_once, args=(work, kill_at, retry_of))
+    process = CONTEXT.Process(target=run_once, args=(work, kill_at, retry_of, settings))
     process.start()
     process.join(120)
     assert process.exitcode is not None
