@@ -15,6 +15,7 @@ killed driver by two seconds, add later has no receipt that counts and is swept 
 import json
 import logging
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from scoring.accounts import PartFile, ReadNote, Receipt
 from scoring.errors import FingerprintError, LockError
 from scoring.lock import LEASE_S, Chain, Hold
 from scoring.steps import step
-from scoring.storage import exists, join, list_names, read_bytes, remove_tree, replace, write_bytes
+from scoring.storage import exists, is_local, join, list_names, read_bytes, remove_tree, replace, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,16 @@ class AttemptFolder:
     def decisions_uri(self) -> str:
         """Where scoring actors leave their engine decisions, one file a kind of device, and what came of them later."""
         return join(self._work_uri, "engines")
+
+    def journal_uri(self, kind: str) -> str:
+        """Where workers of one kind name the rows that they have in hand.
+
+        On the node itself where the run lies in an object store, whose requests would cost more than the rows: a worker that
+        dies starts again on its node.
+        """
+        if is_local(self.run_uri):
+            return join(self._work_uri, "journal", kind)
+        return join(tempfile.gettempdir(), "multimodal-scorer", self.attempt, kind)
 
     # --- for the driver
 

@@ -24,9 +24,11 @@ from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
 from scoring.engines.build import EngineRequest, build_rtx_ahead
 from scoring.engines.cache import EngineCache
-from scoring.errors import DecoderError, EngineError, OutputError, ParityError
+from scoring.errors import DecoderError, EngineError, OutputError, ParityError, Stage
 from scoring.features import FeatureBuilder
+from scoring.guard import Guard
 from scoring.images import ImageFetcher
+from scoring.journal import Journal
 from scoring.ledger import (
     AttemptFolder,
     RunFolder,
@@ -252,7 +254,7 @@ def _sees(path: str) -> bool:
 class FeatureWorker:
     """A CPU actor: raw columns to features (see `features.py`)."""
 
-    def __init__(self, spec_json: str, config: ScoreConfig, decode: DecodePlan) -> None:
+    def __init__(self, spec_json: str, config: ScoreConfig, decode: DecodePlan, journal: str) -> None:
         _set_up_worker()
         pa.set_cpu_count(1)
         if decode.mode == "fast":
@@ -261,10 +263,15 @@ class FeatureWorker:
             torch.set_num_threads(1)
         fetcher = ImageFetcher(config.images)
         blank = config.images.on_error == "blank"
-        self._builder = FeatureBuilder(FeatureSpec.from_json(spec_json), fetcher, decode, blank_bad_images=blank)
+        builder = FeatureBuilder(FeatureSpec.from_json(spec_json), fetcher, decode, blank_bad_images=blank)
+        self._guard = Guard(builder, Stage.FEATURES, Journal(journal))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return self._builder(table)
+        return self._guard(table)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_guard"):
+            self._guard.close()
 
 
 class ScoringActor:
@@ -278,7 +285,8 @@ class ScoringActor:
         spec = FeatureSpec.from_json(spec_json)
         # Ray resolves a reference that is an argument, not one inside of them.
         sample = ray.get(told["sample"])
-        setup = ActorSetup(actor, told["num_threads"], sample, told["decode"], told["decisions"], told["rows_left"])
+        names = ("num_threads", "decode", "decisions", "rows_left", "journal")
+        setup = ActorSetup(actor, sample=sample, **{name: told[name] for name in names})
         self._scorer = Scorer(folder, spec, config, setup)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -327,7 +335,12 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     )
     return dataset.map_batches(
         FeatureWorker,
-        fn_constructor_kwargs={"spec_json": plan.spec.to_json(), "config": plan.config, "decode": plan.decode},
+        fn_constructor_kwargs={
+            "spec_json": plan.spec.to_json(),
+            "config": plan.config,
+            "decode": plan.decode,
+            "journal": attempt.journal_uri("features"),
+        },
         batch_size=plan.flow.block_rows,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=plan.pools.feature_workers),
@@ -350,6 +363,7 @@ def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFold
                 "sample": _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode),
                 "decode": plan.decode,
                 "decisions": attempt.decisions_uri,
+                "journal": attempt.journal_uri("score"),
                 "rows_left": plan.inputs.estimated_rows // pools.scoring_actors,
             },
         },

@@ -7,7 +7,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from scoring.engine import choose_engine, shared_engine
 from scoring.engines.base import Engine, EngineUnavailable
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
-from scoring.errors import DecoderError, EngineError, Reason, Stage
+from scoring.errors import DecoderError, EngineError, Stage
 from scoring.features import FEATURE_PREFIX
-from scoring.flat import Logits
+from scoring.forward import Forward, engine_name
+from scoring.guard import Guard
+from scoring.journal import TIMEOUT_S, Journal
 from scoring.ledger import takes_decisions
 from scoring.meter import Meter
 from scoring.outputs import Outputs, score_fields
@@ -34,7 +37,7 @@ from scoring.predictor import load_predictor
 from scoring.reference import upstream_scores
 from scoring.sample import Sample
 from scoring.spec import FeatureSpec
-from scoring.staging import Staged, Staging
+from scoring.staging import Staging
 from scoring.storage import join, write_bytes
 from scoring.takeover import Takeover
 
@@ -51,7 +54,8 @@ class ActorSetup:
 
     `sample` are rows of this run (None: random ones), `decode` says how images come. `decisions` is the folder of the run's
     decisions, one a kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score,
-    about.
+    about. `journal` is the folder of the scoring actors' journal (None: a row that kills the process kills the run), and
+    `timeout_s` the longest that a window may take to be staged, and then to be scored.
     """
 
     actor: str
@@ -60,6 +64,8 @@ class ActorSetup:
     decode: DecodePlan = field(default_factory=DecodePlan)
     decisions: str | None = None
     rows_left: int | None = None
+    journal: str | None = None
+    timeout_s: float = TIMEOUT_S
 
 
 class Scorer:
@@ -95,7 +101,10 @@ class Scorer:
         sample_s = time.perf_counter() - start - load_s
         self._engine, self.decision = _decide(request, setup)
         self._outputs = Outputs(predictor, spec)
-        self._forward = threading.Lock()
+        self._forward = Forward(self._engine, self._staging, max(1, len(spec.class_labels)))
+        self._lock = threading.Lock()
+        journal = Journal(setup.journal, timeout_s=setup.timeout_s) if setup.journal is not None else None
+        self._guard = Guard(self._score, Stage.SCORE, journal)
         self.meter = Meter(setup.actor, self._engine.provider)
         total_s = time.perf_counter() - start
         logger.info(
@@ -132,44 +141,41 @@ class Scorer:
     def score(self, table: pa.Table) -> pa.Table:
         """Replace `feat:*` by the score columns and `engine`; same rows, same order.
 
-        Rows that carry a reason get null scores; a row whose logits are not finite is marked score_nonfinite.
+        Rows that carry a reason get null scores; a row that cannot be scored is marked (see `guard.py`), and its
+        neighbours are scored.
         """
+        return self._guard(table)
+
+    def _score(self, table: pa.Table) -> pa.Table:
         staged = self._staging.stage(table)
-        with self._forward:
+        with self._turn():
             self.meter.start_batch()
             self.meter.stage_s += staged.seconds
             if isinstance(self._engine, Takeover):
                 self._note(self._engine.settle())
             engine = engine_name(self._engine)
-            rows, logits = self._logits(staged)
+            rows, logits, bad = self._forward.logits(staged)
             line = self.meter.end_batch(table.num_rows)
         if line is not None:
             logger.info(line)
-        finite = np.isfinite(logits).all(axis=1)
-        scored_rows = rows[finite]
         scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
         scored = mark_rows(
             scored, Stage.FEATURES, {row: (error.reason, str(error)) for row, error in staged.bad.items()}
         )
-        message = f"the model's output is not finite on {engine}"
-        scored = mark_rows(scored, Stage.SCORE, {int(row): (Reason.SCORE_NONFINITE, message) for row in rows[~finite]})
-        for column, values in zip(score_fields(self._spec), self._outputs.columns(logits[finite]), strict=True):
-            scored = scored.append_column(column, _scatter(values, scored_rows, table.num_rows, column.type))
+        scored = mark_rows(scored, Stage.SCORE, bad)
+        for column, values in zip(score_fields(self._spec), self._outputs.columns(logits), strict=True):
+            scored = scored.append_column(column, _scatter(values, rows, table.num_rows, column.type))
         return scored.append_column(ENGINE_COLUMN, pa.repeat(engine, table.num_rows))
 
-    def _logits(self, staged: Staged) -> tuple[npt.NDArray[np.intp], Logits]:
-        """The staged rows and their logits, in the batches' order; a GPU is waited for once."""
-        width = max(1, len(self._spec.class_labels))
-        found: list[Any] = [self._engine.submit(batch.complete()) for batch in staged.batches]
-        if not found:
-            return np.empty(0, dtype=np.intp), np.empty((0, width), dtype=np.float32)
-        rows = np.concatenate([batch.places for batch in staged.batches])
-        parts = [part.reshape(-1, width) for part in found]
-        if isinstance(parts[0], np.ndarray):
-            return rows, np.concatenate(parts)
-        import torch
-
-        return rows, torch.cat(parts).cpu().numpy()
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One table at a time in the forward; the wait for it is not held against its rows."""
+        with self._guard.paused():
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _note(self, rung: Rung | None) -> None:
         """Keep how a compiled engine fared beside the decision, for the manifest."""
@@ -180,6 +186,7 @@ class Scorer:
     def close(self) -> None:
         """Log the last throughput line and free the engine."""
         logger.info(self.meter.describe() + " final=true")
+        self._guard.close()
         self._engine.close()
 
 
@@ -208,11 +215,6 @@ def _refused(error: EngineError, setup: ActorSetup) -> EngineError:
 def _tell(uri: str, document: Mapping[str, Any]) -> None:
     if takes_decisions(uri):
         write_bytes(uri, json.dumps(document).encode())
-
-
-def engine_name(engine: Engine) -> str:
-    """How a part names the engine that scored it."""
-    return f"{engine.provider}-{engine.precision}-{engine.device}"
 
 
 def _scatter(

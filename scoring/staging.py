@@ -3,6 +3,7 @@
 Owns the scoring actor's half of the preparation and its stream, so that it overlaps the forward of the table before.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ from scoring.device_images import NUM_DECODERS, DeviceImages, HardwareDecoder, I
 from scoring.engines.base import Shapes
 from scoring.engines.torch_engine import CUDA
 from scoring.images import BadImageError
+from scoring.poison import MAX_HALVINGS, Rows
 from scoring.spec import FeatureSpec, ImageModel
+
+logger = logging.getLogger(__name__)
 
 # Rows and padded tokens a forward: on an H100 128 rows run at 3/4 of the rate of 512. On a CPU 64 images are 39 MB in fp32,
 # and more rows gain nothing.
@@ -45,6 +49,11 @@ class Batch:
         pixels = self.images.take(self.places, image_places(self.arrays, self.model))
         return {**self.arrays, f"{self.model.prefix}:pixels": pixels}
 
+    def take(self, rows: Rows) -> "Batch":
+        """Some of its rows, as padded as before."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return Batch(self.places[rows], arrays, self.images, self.model)
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -54,6 +63,8 @@ class Staged:
     bad: dict[int, BadImageError]
     seconds: float
     """How long it took, a turn at the decoder awaited included."""
+    halvings: int = 0
+    """How often the batches' size had been halved when they were cut."""
 
 
 class Staging:
@@ -64,6 +75,7 @@ class Staging:
         self.on_gpu = on_gpu
         self.max_rows = config.batch.rows or (GPU_ROWS if on_gpu else _CPU_ROWS)
         self._max_tokens = config.batch.tokens or (_GPU_TOKENS if on_gpu else None)
+        self._halvings = 0
         self._shapes = Shapes.of(spec, self.max_rows) if on_gpu else None
         self._own = threading.local()
         self._images: ImageStage | None = None
@@ -74,17 +86,31 @@ class Staging:
     def stage(self, table: pa.Table) -> Staged:
         """The table's rows that carry no reason, ready for `Engine.submit`."""
         start = time.perf_counter()
-        images, bad = self._load_images(table)
         is_usable = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False).copy()
+        if not is_usable.any():  # among them rows whose images must not be touched again
+            return Staged([], {}, time.perf_counter() - start)
+        images, bad = self._load_images(table)
         is_usable[list(bad)] = False
         usable = np.flatnonzero(is_usable)
         small = without_images(table) if images is not None else table
         # Taking every row would copy the images.
         chosen = small if len(usable) == table.num_rows else small.take(pa.array(usable))
         model = self._spec.image_models[0] if images is not None else None
-        cut = micro_batches(chosen, self._spec, self.max_rows, self._shapes, self._max_tokens)
+        halvings = self._halvings
+        max_rows, max_tokens = max(1, self.max_rows >> halvings), self._max_tokens and self._max_tokens >> halvings
+        cut = micro_batches(chosen, self._spec, max_rows, self._shapes, max_tokens)
         batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
-        return Staged(batches, bad, time.perf_counter() - start)
+        return Staged(batches, bad, time.perf_counter() - start, halvings)
+
+    def lower(self, staged: Staged) -> None:
+        """Cut batches half as large as those of `staged`, of which one was too large for memory.
+
+        One step for all of a table's batches, whichever rows fitted in the end: one large row would hold for the whole run.
+        """
+        halvings = min(MAX_HALVINGS, staged.halvings + 1)
+        if halvings > self._halvings:
+            self._halvings = halvings
+            logger.warning("score: out of memory; batches of at most %d rows from here on", self.max_rows >> halvings)
 
     def _load_images(self, table: pa.Table) -> tuple[DeviceImages | None, dict[int, BadImageError]]:
         if self._images is None:

@@ -6,6 +6,9 @@ Everything else is the real job: Ray, reading, features, writing, ledger. What c
 predictor is a real one, whose feature spec must lie in the cache.
 """
 
+import ctypes
+import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,10 @@ import pyarrow as pa
 
 from scoring.columns import SOURCE_ROW
 from scoring.config import ScoreConfig
+from scoring.errors import Stage
 from scoring.features import FEATURE_PREFIX
+from scoring.guard import Guard
+from scoring.journal import Journal
 
 _ENGINE_COLUMN = "engine"
 
@@ -27,6 +33,27 @@ _ENGINE_COLUMN = "engine"
 def score_of(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """float32 in [0, 1) from the row's number alone."""
     return ((rows * 2654435761 % 2**32) / 2**32).astype(np.float32)
+
+
+def poison_of(output: object) -> Mapping[str, str]:
+    """Rows that do harm, as file:row -> raise, crash or hang; from a file beside the run's output, if there is one."""
+    path = Path(f"{output}.poison.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def started_of(output: object) -> Path:
+    """Where the actors of a run with poison note that they started."""
+    return Path(f"{output}.started")
+
+
+def suffer(harm: str) -> None:
+    """What a poison row does to who scores it."""
+    if harm == "crash":
+        # A real one, in this thread: a signal goes to any, and this one would go on with other rows.
+        ctypes.string_at(0)
+    if harm == "hang":
+        time.sleep(3600)
+    raise RuntimeError("this row cannot be scored")
 
 
 def diary_of(output: object) -> Path:
@@ -40,12 +67,24 @@ class FormulaActor:
     delay_s = 0.0
 
     def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, told: Mapping[str, Any]) -> None:
-        self._diary = diary_of(told["decisions"].partition("/runs/")[0])
+        output = told["decisions"].partition("/runs/")[0]
+        self._diary, self._poison = diary_of(output), poison_of(output)
+        if self._poison:
+            with started_of(output).open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        self._guard = Guard(self._score, Stage.SCORE, Journal(told["journal"], timeout_s=5.0))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         time.sleep(self.delay_s)
         with self._diary.open("a") as file:  # what was scored, also what was scored twice
             file.write(f"{table.num_rows}\n")
+        return self._guard(table)
+
+    def _score(self, table: pa.Table) -> pa.Table:
+        names = [name.rpartition("/")[2] for name in table["source_file"].to_pylist()]
+        for name, row, reason in zip(names, table[SOURCE_ROW].to_pylist(), table["reason"].to_pylist(), strict=True):
+            if reason is None and f"{name}:{row}" in self._poison:
+                suffer(self._poison[f"{name}:{row}"])
         scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
         is_good = np.array([reason is None for reason in table["reason"].to_pylist()])
         scores = score_of(table[SOURCE_ROW].to_numpy())
