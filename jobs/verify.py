@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from scoring.errors import IncompleteError, ScoringError
+from scoring.recount import verify_files
+from scoring.rescore import rescore
 from scoring.storage import redact, redact_text
-from scoring.verify import Rescored, find_run, raise_if_different, rescore, verify_files
+from scoring.verify import Rescored, find_run, raise_if_different
 
 logger = logging.getLogger("jobs.verify")
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,11 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from scoring.errors import Reason
 from scoring.identities import Identities, contains
 from scoring.poison import Verdict
+from scoring.processes import ProcessMark
 from scoring.storage import absolute, is_local, join, list_names, read_bytes, remove_tree, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -44,34 +43,6 @@ class Suspicion:
 
     deaths: npt.NDArray[np.intp]
     condemned: dict[int, Verdict]
-
-
-@dataclass(frozen=True)
-class _Process:
-    """A process as it can be told from a later one with its number; `started` in whole seconds since the epoch."""
-
-    host: str
-    pid: int
-    started: int
-
-    @staticmethod
-    def current() -> "_Process":
-        host = socket.gethostname().replace("~", "-").replace("/", "-")
-        return _Process(host, os.getpid(), int(psutil.Process().create_time()))
-
-    def __str__(self) -> str:
-        return f"{self.host}~{self.pid}~{self.started}"
-
-    def is_alive(self, host: str) -> bool:
-        """Whether it runs, as far as `host` can see. Ray gives rows to another node only when it has given up the first."""
-        if self.host != host:
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            # The kernel's idea of when it started moves by a second when the clock is set.
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 2
-        except psutil.NoSuchProcess:
-            return False
 
 
 @dataclass
@@ -108,7 +79,7 @@ class Journal:
         self._is_local = is_local(folder)
         self._folder = absolute(folder, Path.cwd())
         self._timeout_s = timeout_s
-        self._me = _Process.current()
+        self._me = _name_of(ProcessMark.current())
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._flights: dict[int, _Flight] = {}
@@ -188,13 +159,15 @@ class Journal:
         names = [name for name in self._names() if _may_share(name, buckets) and not name.startswith(mine)]
         for name in names:
             if name not in self._deaths:
-                host, pid, started, *_ = name.split("~")
-                process = _Process(host, int(pid), int(started))
-                if not process.is_alive(self._me.host) and (death := self._read(name, process)) is not None:
+                machine, pid, started, *_ = name.split("~")
+                mark = ProcessMark(machine, int(pid), float(started))
+                # Ray gives rows to another node only when it has given up the first.
+                is_dead = not (mark.is_here and mark.is_running)
+                if is_dead and (death := self._read(name, mark)) is not None:
                     self._deaths[name] = death
         return [self._deaths[name] for name in names if name in self._deaths]
 
-    def _read(self, name: str, process: _Process) -> _Death | None:
+    def _read(self, name: str, mark: ProcessMark) -> _Death | None:
         """None where the flight came back after all, or its process died over the file, before it had the rows."""
         try:
             document = json.loads(read_bytes(join(self._folder, name)))
@@ -203,7 +176,7 @@ class Journal:
         runs = {file: np.array(pairs, dtype=np.int64) for file, pairs in document["runs"].items()}
         if document["reason"] is not None:
             return _Death(runs, (Reason(document["reason"]), document["message"]))
-        has_stalled = self._is_local and _size(join(self._folder, f"{process}{_STALLED}")) > 0
+        has_stalled = self._is_local and _size(join(self._folder, f"{_name_of(mark)}{_STALLED}")) > 0
         return _Death(runs, self._too_long() if has_stalled else (Reason.PROCESS_KILLED, _KILLED))
 
     def _too_long(self) -> Verdict:
@@ -268,6 +241,10 @@ class Journal:
             return
         except OSError as error:
             logger.warning("journal: %s", error)
+
+
+def _name_of(mark: ProcessMark) -> str:
+    return f"{mark.machine}~{mark.pid}~{mark.started:.0f}"
 
 
 def _may_share(name: str, buckets: int) -> bool:

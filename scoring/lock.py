@@ -9,19 +9,16 @@ A holder of this host whose process is gone is followed at once. Of any other th
 
 import json
 import logging
-import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from scoring.errors import LockError
+from scoring.processes import ProcessMark
 from scoring.storage import create_exclusive, exists, join, list_names, read_bytes, redact, remove_tree, replace
 
 logger = logging.getLogger(__name__)
@@ -64,7 +61,7 @@ class Chain:
 
     def acquire(self, *, waits: bool = False) -> "Hold":
         """Become the holder. Raises LockError where another one lives, unless `waits`."""
-        me = {**_this_process(), "token": uuid.uuid4().hex, "beat": 0}
+        me = {"host": socket.gethostname(), **asdict(ProcessMark.current()), "token": uuid.uuid4().hex, "beat": 0}
         while True:
             last = self.tail()
             if last is not None and not self._may_follow(last, waits=waits):
@@ -77,7 +74,8 @@ class Chain:
         """Whether the last entry's holder is gone; False: look again, something has changed. Raises LockError."""
         if last.is_released:
             return True
-        if _is_dead_here(last.document):
+        mark = _mark_of(last.document)
+        if mark is not None and mark.is_here and not mark.is_running:
             logger.warning(
                 "%s: its holder, process %s of this host, is gone; taking over", self._what, last.document["pid"]
             )
@@ -174,31 +172,8 @@ class Hold:
         self._thread.join()
 
 
-def _this_process() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": process.pid, "started": process.create_time()}
-
-
-def _machine() -> str:
-    """This boot of this machine, and whose process numbers its pids are: containers of one host have their own."""
-    parts = []
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        try:
-            parts.append(os.readlink(path) if os.path.islink(path) else Path(path).read_text().strip())
-        except OSError:
-            parts.append("")
-    return " ".join([socket.gethostname(), *parts])
-
-
-def _is_dead_here(document: Mapping[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
-    if document.get("machine") != _machine():
-        return False
+def _mark_of(document: Mapping[str, Any]) -> ProcessMark | None:
     try:
-        process = psutil.Process(document["pid"])
-        # Another process may have got its number since.
-        return bool(process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - document["started"]) > 1)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
+        return ProcessMark(document["machine"], document["pid"], document["started"])
+    except KeyError:  # its maker died before it wrote
+        return None

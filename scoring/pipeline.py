@@ -78,8 +78,8 @@ class Plan:
     pools: Pools
     decode: DecodePlan
     flow: Flow
-    total_rows: int
-    """The whole run's rows, those of CSV files estimated."""
+    total_rows: int | None
+    """The whole run's rows; None where only reading tells, as with CSV."""
     bad_files: tuple[BadFile, ...] = ()
     """Files that are left out because they could not even be inspected."""
     retry_of: RunFolder | None = None
@@ -139,7 +139,7 @@ def prepare(
     pools = size_pools(config, ray.cluster_resources())
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
-    rows = inputs.estimated_rows
+    rows = inputs.estimated_rows if inputs.has_exact_rows else None
     return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow, rows, bad_files, old)
 
 
@@ -313,8 +313,8 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     logger.info("run %s: attempt %s, %s, %s, %s", plan.run.run_id, attempt.attempt, plan.pools, plan.flow, plan.decode)
     write_bytes(join(attempt.decisions_uri, f"{IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
     dataset = score_features(read_features(plan, attempt), plan, attempt)
-    # A CSV's rows are an estimate until it is read: there only the end tells.
-    limit = (plan.total_rows, plan.config.quarantine.max_fraction) if plan.inputs.has_exact_rows else None
+    # Where the rows are not known before they are read, only the end tells whether too many are bad.
+    limit = None if plan.total_rows is None else (plan.total_rows, plan.config.quarantine.max_fraction)
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows, limit)
     try:
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})

@@ -39,7 +39,7 @@ class Outcome:
 def run(plan: Plan, timings: Timings) -> Outcome:
     """Score the plan's rows and publish them, go on where an earlier driver stopped, or find that all is done.
 
-    Raises FingerprintError, OutputError, LockError, IncompleteError, QuarantineLimitError.
+    Raises FingerprintError, OutputError, LockError, IncompleteError, InputError, QuarantineLimitError.
     """
     check_output(plan.config)
     mark = plan.fingerprint
@@ -156,7 +156,7 @@ def check_files(bad_files: Sequence[BadFile], policy: str) -> None:
             [
                 f"input.on_bad_file=fail: {len(bad_files)} input files could not be read; nothing is published. Restore them "
                 "and score anew, or run this again with input.on_bad_file=skip, which publishes the rest without scoring it "
-                "again:",
+                "again (--retry-quarantine then tries the lost rows once more):",
                 *lines,
             ]
         )

@@ -76,7 +76,7 @@ def make_plan(work: Path, retry_of: str | None = None, settings: Sequence[str] =
     if old is not None:
         mark = retry_fingerprint(mark, old)
     folder = RunFolder(str(work / "out"), f"{retry_of}-again" if retry_of else RUN_ID, LEASE_S)
-    rows = inputs.estimated_rows
+    rows = inputs.estimated_rows if inputs.has_exact_rows else None
     return Plan(config, Path("/p"), "abc", SPEC, inputs, mark, folder, pools, DecodePlan(), flow, rows, bad_files, old)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from scoring import processes
 from scoring.errors import Reason, Stage
 from scoring.guard import Guard
 from scoring.identities import Identities, contains
@@ -220,21 +220,21 @@ def test_the_journal_may_lie_in_an_object_store(monkeypatch: pytest.MonkeyPatch)
     rows = Identities.of(rows_table(0, 1))
     lost = []
     for node in ("node-a", "node-b", "node-c"):
-        monkeypatch.setattr(socket, "gethostname", lambda node=node: node)
+        monkeypatch.setattr(processes, "_machine", lambda node=node: node)
         journal = Journal(folder)
         with journal.flight(rows):
             assert len(list_names(folder)) == 1
         assert list_names(folder) == []
         journal.close()
     for node in ("node-a", "node-b", "node-c"):
-        monkeypatch.setattr(socket, "gethostname", lambda node=node: node)
+        monkeypatch.setattr(processes, "_machine", lambda node=node: node)
         journal = Journal(folder)
         flight = journal.flight(rows)
         flight.__enter__()
         lost.append(flight)  # it would come back if it were dropped
         journal.note(Reason.PROCESS_KILLED, "said so")
         journal.close()
-    monkeypatch.setattr(socket, "gethostname", lambda: "node-d")
+    monkeypatch.setattr(processes, "_machine", lambda: "node-d")
     journal = Journal(folder)
     suspicion = journal.suspicion(rows)
     journal.close()

@@ -136,15 +136,17 @@ def test_a_heartbeat_does_not_bring_back_a_chain_that_is_gone(place: str) -> Non
     assert list_names(place) == []
 
 
-def race(place: str, ready: Any, results: Any) -> None:
-    """One contender of many: acquires when all are ready, and holds on."""
-    ready.wait()
+def race(place: str, turn: Any, results: Any) -> None:
+    """One contender of many: acquires when all are ready, and holds on until all have tried."""
+    turn.wait()
     try:
-        Chain(place, "run r", LEASE_S).acquire()
+        hold = Chain(place, "run r", LEASE_S).acquire()
         results.put("held")
-        time.sleep(3 * LEASE_S)
+        turn.wait()
+        hold.release()
     except LockError:
         results.put("refused")
+        turn.wait()
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
@@ -154,13 +156,11 @@ def test_of_many_at_once_one_gets_it(tmp_path: Path, is_stale: bool) -> None:
         process.kill()
         process.wait()
     context = multiprocessing.get_context("spawn")
-    ready, results = context.Event(), context.Queue()
-    contenders = [context.Process(target=race, args=(str(tmp_path), ready, results)) for _ in range(6)]
+    turn, results = context.Barrier(6), context.Queue()
+    contenders = [context.Process(target=race, args=(str(tmp_path), turn, results)) for _ in range(6)]
     for contender in contenders:
         contender.start()
-    time.sleep(1)
-    ready.set()
-    found = sorted(results.get(timeout=60) for _ in contenders)
+    found = sorted(results.get(timeout=120) for _ in contenders)
     for contender in contenders:
         contender.join()
     assert found == ["held", *["refused"] * 5]

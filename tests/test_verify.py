@@ -29,9 +29,10 @@ from typer.testing import CliRunner
 from jobs.verify import app
 from scoring.config import load_config, resolved_yaml
 from scoring.predictor import hash_predictor
+from scoring.recount import verify_files
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel, NumericalColumn
 from scoring.storage import remove_tree, write_bytes
-from scoring.verify import find_run, verify_files
+from scoring.verify import find_run
 from tests.conftest import REPOSITORY, Run, ScoreCommand
 from tests.predictors import Predictor
 from tests.test_score import write_layout
@@ -632,8 +633,8 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> FakeUpstream:
     fake = FakeUpstream()
     scaler = SimpleNamespace(label_scaler=SimpleNamespace(scale_=[UNIT]))
     predictor = SimpleNamespace(_learner=SimpleNamespace(_df_preprocessor=scaler))
-    monkeypatch.setattr("scoring.verify.load_predictor", lambda folder: predictor)
-    monkeypatch.setattr("scoring.verify.extract_spec", lambda predictor: SPEC)
+    monkeypatch.setattr("scoring.rescore.load_predictor", lambda folder: predictor)
+    monkeypatch.setattr("scoring.rescore.extract_spec", lambda predictor: SPEC)
     monkeypatch.setattr("scoring.reference.upstream_scores", fake.scores)
     return fake
 
@@ -723,7 +724,7 @@ def test_files_that_came_since_are_left_alone(tmp_path: Path, upstream: FakeUpst
 def test_regressions_are_compared_in_standard_deviations(
     tmp_path: Path, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch, off: float, code: int
 ) -> None:
-    monkeypatch.setattr("scoring.verify.extract_spec", lambda predictor: REGRESSION)
+    monkeypatch.setattr("scoring.rescore.extract_spec", lambda predictor: REGRESSION)
     run, source = publish_input(tmp_path, REGRESSION)
     forge(run, {"prediction": run.table(PART_0)["prediction"][9].as_py() + off}, place=9)
     found = verify(run.output, sample=12)
@@ -763,7 +764,7 @@ def test_a_row_that_upstream_refuses_is_named_and_the_others_are_compared(
 def test_a_row_whose_image_is_gone_is_named(
     tmp_path: Path, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scoring.verify.extract_spec", lambda predictor: WITH_PHOTO)
+    monkeypatch.setattr("scoring.rescore.extract_spec", lambda predictor: WITH_PHOTO)
     photos = [tmp_path / "0.png", tmp_path / "1.png"]
     for path in photos:
         Image.new("RGB", (8, 8)).save(path)
@@ -782,7 +783,7 @@ def test_a_row_whose_image_is_gone_is_named(
 def test_a_predictor_of_other_classes_is_named(
     tmp_path: Path, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scoring.verify.extract_spec", lambda predictor: replace(SPEC, class_labels=("a", "c")))
+    monkeypatch.setattr("scoring.rescore.extract_spec", lambda predictor: replace(SPEC, class_labels=("a", "c")))
     run, _ = publish_input(tmp_path)
     assert_found(verify(run.output, sample=2), "'proba_b'", "'proba_c'")
 
