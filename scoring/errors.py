@@ -85,6 +85,10 @@ class IncompleteError(ScoringError):
     exit_code = 6
 
 
+class StalledError(IncompleteError):
+    """Nothing moved for as long as Ray Data waits: what the run's actors need is not in the cluster any more."""
+
+
 class Stage(StrEnum):
     """Where a row was when it was given up."""
 

@@ -18,13 +18,14 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from scoring.accounts import Range
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
 from scoring.engines.build import EngineRequest, build_rtx_ahead
 from scoring.engines.cache import EngineCache
-from scoring.errors import DecoderError, EngineError, OutputError, ParityError, Stage
+from scoring.errors import DecoderError, EngineError, OutputError, ParityError, Stage, StalledError
 from scoring.features import FeatureBuilder
 from scoring.guard import Guard
 from scoring.images import ImageFetcher
@@ -136,11 +137,25 @@ def prepare(
     run = RunFolder(config.output.path, config.run.id or mark.run_id)
     with timings.phase("ray_init_s"):
         start_ray()
-    pools = size_pools(config, ray.cluster_resources())
+    pools = size_pools(config, _nodes())
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
     rows = inputs.estimated_rows if inputs.has_exact_rows else None
     return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow, rows, bad_files, old)
+
+
+def resize(plan: Plan) -> Plan:
+    """The plan for the cluster as it is now. Raises EngineError where the images' way cannot be had on it."""
+    config, spec = plan.config, plan.spec
+    pools = size_pools(config, _nodes())
+    decode = plan.decode if plan.decode.mode == "exact" else _plan_decode(config, spec, pools)
+    return replace(
+        plan, pools=pools, decode=decode, flow=size_flow(config, spec, pools, decode, plan.inputs.estimated_rows)
+    )
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> DecodePlan:
@@ -309,15 +324,25 @@ def _set_up_worker() -> None:
 
 
 def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
-    """Run the Ray Data pipeline over the plan's rows; returns each stage's busy seconds, summed over its tasks."""
+    """Run the Ray Data pipeline over the plan's rows; returns each stage's busy seconds, summed over its tasks.
+
+    Raises what an engine was refused for, and StalledError.
+    """
     logger.info("run %s: attempt %s, %s, %s, %s", plan.run.run_id, attempt.attempt, plan.pools, plan.flow, plan.decode)
     write_bytes(join(attempt.decisions_uri, f"{IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
     dataset = score_features(read_features(plan, attempt), plan, attempt)
     # Where the rows are not known before they are read, only the end tells whether too many are bad.
     limit = None if plan.total_rows is None else (plan.total_rows, plan.config.quarantine.max_fraction)
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows, limit)
+    context = DataContext.get_current()
     try:
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})
+    except ExecutionTimeoutError as error:
+        raise StalledError(
+            f"run {plan.run.run_id}: nothing moved for {context.execution_no_progress_timeout_s:.0f} s with {plan.pools} on "
+            f"{_nodes()}; look at the log of the actors for what they wait for, then rerun the same command, which goes on "
+            "where this stopped (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S sets the patience)"
+        ) from error
     except Exception as error:
         _raise_refusal(attempt, error)
         raise

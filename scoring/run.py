@@ -13,11 +13,11 @@ from typing import Any
 from scoring.accounts import Accounts, ShardRows, add_up, check_complete, check_quarantine, done_ranges
 from scoring.config import resolved_yaml
 from scoring.decoding import DecodePlan
-from scoring.errors import DecoderError, InputError, ParityError
+from scoring.errors import DecoderError, InputError, ParityError, StalledError
 from scoring.ledger import MANIFEST_VERSION, AttemptFolder, Taken
 from scoring.lock import Hold
 from scoring.parts import PartSchemas, write_part
-from scoring.pipeline import IMAGES, Plan, Timings, check_output, score
+from scoring.pipeline import IMAGES, Plan, Timings, check_output, resize, score
 from scoring.retry import take_scores
 from scoring.shards import BadFile, Shard
 from scoring.sizing import size_flow
@@ -74,7 +74,11 @@ def run(plan: Plan, timings: Timings) -> Outcome:
 
 
 def _score_all(plan: Plan, hold: Hold, *, decides_anew: bool = False) -> tuple[AttemptFolder, dict[str, float]]:
-    """Score what is left in a new attempt; where `images.decode=auto` took a way that parity refuses, in an exact one."""
+    """Score what is left in a new attempt.
+
+    In one more where `images.decode=auto` took a way that parity refuses: with exact images. And where the run stalls on a
+    cluster that is not what it was, as when a GPU's node is gone: with what the cluster has now.
+    """
     old = plan.retry_of
     first = partial(take_scores, old, plan.run, plan.inputs.shards) if old else Taken
     attempt = plan.run.begin(hold, decides_anew=decides_anew, first=first)
@@ -83,6 +87,12 @@ def _score_all(plan: Plan, hold: Hold, *, decides_anew: bool = False) -> tuple[A
         return attempt, {}
     try:
         return attempt, score(left, attempt)
+    except StalledError as error:
+        smaller = resize(plan)
+        if smaller.pools == plan.pools:
+            raise
+        logger.warning("%s. The cluster has changed: going on with %s", error, smaller.pools)
+        return _score_all(smaller, hold)
     except (ParityError, DecoderError) as error:
         if plan.config.images.decode != "auto" or left.decode.mode == "exact":
             raise

@@ -4,7 +4,7 @@ Owns the arithmetic alone: resources in, numbers out. Explicit numbers in the co
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scoring.config import ScoreConfig
@@ -71,29 +71,37 @@ class Flow:
     block_bytes: int
 
 
-def size_pools(config: ScoreConfig, resources: Mapping[str, float]) -> Pools:
-    """Actors and their shares from the cluster's resources.
+def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Pools:
+    """Actors and their shares from the resources of the cluster's nodes.
 
     Without a GPU the forward is the bound (about 50 rows/s a core against 200 for features), so a quarter of the cores
     prepares features and the rest scores, one actor a 8 cores. With GPUs all cores but one a GPU prepare features: that one
-    is the scoring actor's own. What the actors hold always leaves room for a read and a write task, or nothing would move.
+    is the scoring actor's own. What the actors hold always leaves room for a read and a write task, or nothing would move,
+    and the CPUs of one node, where there are several: when it goes, its actors go to the others at once (SPREAD keeps them
+    apart until then). A GPU that goes is missed until Ray's patience ends; see `run.py`.
     """
-    cpus = int(config.resources.cpus or resources.get("CPU", 1))
+    sizes = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
+    cpus, largest = int(config.resources.cpus or sum(sizes)), max(sizes)
     per_actor = config.resources.gpus
     may_use = config.engine.provider != "cpu" and (per_actor is None or per_actor > 0)
-    gpus = resources.get("GPU", 0.0) if may_use else 0.0
+    gpus = sum(node.get("GPU", 0.0) for node in nodes) if may_use else 0.0
     if gpus:
         actors = config.resources.actors or max(1, int(gpus / (per_actor or 1.0)))
         workers, threads = max(1, cpus - max(1, int(gpus))), 1
         share = min(per_actor or 1.0, gpus / actors)
     else:
-        actors = config.resources.actors or max(1, cpus // 8)
+        # Each node can have one that is all its own.
+        actors = config.resources.actors or max(len(sizes), cpus // 8)
         workers = max(1, cpus // 4)
         # More threads than cores is far worse than too few: OpenMP's threads spin while they wait for each other.
-        threads = max(1, (cpus - workers) // actors)
+        threads = max(1, min((cpus - workers) // actors, int(largest)))
         share = 0.0
     wanted = workers + (0 if share else actors * threads)
-    scale = min(1.0, (cpus - 2 * IO_CPUS) / wanted)
+    # Never less than half: where one node has nearly all, the others would be given far more than they can do.
+    room = max(cpus - largest, cpus / 2) if len(sizes) > 1 else cpus
+    scale = min(1.0, (room - 2 * IO_CPUS) / wanted)
+    if not share:
+        scale = min(scale, (largest - 2 * IO_CPUS) / threads)
     # Ray takes fractions of 1/10,000; rounding up could let the sum pass what is there.
     return Pools(
         scoring_actors=actors,

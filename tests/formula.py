@@ -1,6 +1,6 @@
 """`jobs.score` with a closed-form scorer: the score is a formula of the row's number, so that no model has to be loaded.
 
-    python -m tests.formula [--slow] -- --input ... --predictor ... --output ...
+    python -m tests.formula [--delay=SECONDS] -- --input ... --predictor ... --output ...
 
 Everything else is the real job: Ray, reading, features, writing, ledger. What comes after `--` is jobs.score's own line. The
 predictor is a real one, whose feature spec must lie in the cache.
@@ -94,18 +94,19 @@ class FormulaActor:
         return scored.append_column(_ENGINE_COLUMN, pa.repeat("formula", table.num_rows))
 
 
-class SlowFormulaActor(FormulaActor):
-    """The same, taking its time, so that a run lasts long enough to be killed in the middle."""
-
-    delay_s = 0.1
-
-
 def main(arguments: Sequence[str]) -> None:
     from jobs import score
 
     end = arguments.index("--")
-    actor = SlowFormulaActor if "--slow" in arguments[:end] else FormulaActor
-    with patch("scoring.pipeline.ScoringActor", actor):
+    delays = [float(argument.partition("=")[2]) for argument in arguments[:end] if argument.startswith("--delay=")]
+
+    class DelayedActor(FormulaActor):
+        """Takes its time, so that a run lasts long enough to be killed in the middle; sent by value, with its delay."""
+
+        delay_s = delays[0] if delays else 0.0
+
+    DelayedActor.__name__ = FormulaActor.__name__
+    with patch("scoring.pipeline.ScoringActor", DelayedActor):
         score.app(args=list(arguments[end + 1 :]))
 
 

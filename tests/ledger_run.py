@@ -70,7 +70,7 @@ def make_plan(work: Path, retry_of: str | None = None, settings: Sequence[str] =
     files, bad_files = inspect_all(listing, config.input)
     inputs = plan_inputs(files, SPEC, config.input, reserved_names(SPEC))
     mark = fingerprint(config, predictor_hash="abc", listing=listing, scores_version=1)
-    pools = size_pools(config, {"CPU": 2.0})
+    pools = size_pools(config, [{"CPU": 2.0}])
     flow = size_flow(config, SPEC, pools, DecodePlan(), inputs.estimated_rows)
     old = RunFolder(str(work / "out"), retry_of) if retry_of else None
     if old is not None:

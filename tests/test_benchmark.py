@@ -263,7 +263,7 @@ def test_other_sizes_reach_the_plan_and_leave_it_again(tmp_path: Path, monkeypat
     flags = {"input.paths": ["/data"], "predictor.path": "/model", "output.path": "/scores"}
     config = load_config(file=None, flags=flags, overrides=[], cwd=tmp_path)
     spec = FeatureSpec("y", "binary", (0, 1), (), (), (), (), (), (), (), (), False)
-    pools = size_pools(config, {"CPU": 16.0, "GPU": 1.0})
+    pools = size_pools(config, [{"CPU": 16.0, "GPU": 1.0}])
     flow = size_flow(config, spec, pools, DecodePlan(), 10**6)
     assert (flow.calls, flow.window_rows, flow.block_rows) == (1, 512, 4096)
     assert pipeline.size_flow is before  # type: ignore[attr-defined]

@@ -5,9 +5,9 @@ commit is `tests/test_crashes.py`'s.
 """
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,35 +20,32 @@ from tests.predictors import Predictor
 pytestmark = pytest.mark.timeout(7200)
 
 
+@pytest.fixture
 def run_parts(
-    folder: Path,
-    head: RayHead,
+    ray_head: RayHead,
+    zoo: Mapping[str, Predictor],
     zoo_root: Path,
-    predictor: Predictor,
-    parts: Sequence[str],
-    flags: Sequence[str],
-) -> Mapping[str, Mapping[str, object]]:
-    out = folder / "out.json"
-    paths = [str(path) for path in (folder, predictor.path, zoo_root / predictors.CACHE, out)]
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = head.address
-    try:
-        chaos.main([*paths, *flags, *parts])
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
-    found: Mapping[str, Mapping[str, object]] = json.loads(out.read_text())
-    return found
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Mapping[str, Any]]:
+    """`tests.chaos` with a small predictor; what it found."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
+    paths = [str(path) for path in (zoo["ft_transformer"].path, zoo_root / predictors.CACHE, tmp_path / "out.json")]
+
+    def run(*arguments: str) -> Mapping[str, Any]:
+        chaos.main([str(tmp_path), *paths, *arguments])
+        found: Mapping[str, Any] = json.loads((tmp_path / "out.json").read_text())
+        return found
+
+    return run
 
 
-def test_three_drivers_killed_at_random(
-    ray_head: RayHead, zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path
-) -> None:
-    flags = ["--seed=3", "--rows=10000"]
-    found = run_parts(tmp_path, ray_head, zoo_root, zoo["ft_transformer"], ["driver=3"], flags)
-    assert len(found["driver"]["kills"]) == 3  # type: ignore[arg-type]
+RunParts = Callable[..., Mapping[str, Any]]
+
+
+def test_three_drivers_killed_at_random(run_parts: RunParts) -> None:
+    found = run_parts("--seed=3", "--rows=10000", "driver=3")
+    assert len(found["driver"]["kills"]) == 3
 
 
 def test_poison_rows_cost_themselves_alone(
@@ -84,21 +81,26 @@ def test_poison_rows_cost_themselves_alone(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("part", "rows"), [("actors=20", 100_000), ("workers=10", 100_000), ("driver=30", 40_000)])
-def test_the_full_set_with_a_formula(
-    ray_head: RayHead, zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path, part: str, rows: int
-) -> None:
-    flags = ["--seed=1", f"--rows={rows}"]
-    found = run_parts(tmp_path, ray_head, zoo_root, zoo["ft_transformer"], [part], flags)
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [("driver=30", 20_000), ("owned=3", 20_000), ("actors=20", 100_000), ("workers=10", 100_000), ("nodes=3", 40_000)],
+)
+def test_the_full_set_with_a_formula(run_parts: RunParts, part: str, rows: int) -> None:
     kind, _, count = part.partition("=")
-    kills = found[kind]["kills"]
-    assert (kills if isinstance(kills, int) else len(kills)) == int(count)  # type: ignore[arg-type]
+    found = run_parts("--seed=1", f"--rows={rows}", part)[kind]
+    kills = found["removals" if kind == "nodes" else "kills"]
+    assert (kills if isinstance(kills, int) else len(kills)) == int(count)
 
 
 @pytest.mark.chaos
-def test_three_kills_of_each_kind_with_a_real_predictor(
-    ray_head: RayHead, zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path
-) -> None:
-    parts, flags = ["driver=3", "actors=3", "workers=3"], ["--seed=2", "--rows=10000", "--real"]
-    found = run_parts(tmp_path, ray_head, zoo_root, zoo["ft_transformer"], parts, flags)
+def test_two_drivers_and_a_driver_that_slept_through_its_lease(run_parts: RunParts) -> None:
+    found = run_parts("--seed=1", "--rows=20000", "contenders=3", "zombies=3")
+    assert found["contenders"]["exit_codes"] == [[0, 5]] * 3
+    assert [zombie["zombie_exit_code"] for zombie in found["zombies"]["zombies"]] == [5] * 3
+
+
+@pytest.mark.chaos
+def test_three_kills_of_each_kind_with_a_real_predictor(run_parts: RunParts) -> None:
+    found = run_parts("--seed=2", "--rows=10000", "--real", "driver=3", "actors=3", "workers=3", "nodes=3")
     assert found["actors"]["kills"] == found["workers"]["kills"] == 3
+    assert len(found["driver"]["kills"]) == len(found["nodes"]["removals"]) == 3

@@ -10,7 +10,7 @@ import pytest
 from scoring import run as runs
 from scoring.accounts import PartFile, ReadNote, Receipt, ShardReceipt
 from scoring.decoding import DecodePlan
-from scoring.errors import EngineError, ParityError
+from scoring.errors import EngineError, ParityError, StalledError
 from scoring.ledger import RunFolder
 from scoring.lock import Hold
 from scoring.pipeline import Plan
@@ -35,7 +35,7 @@ class Inputs:
 
 def plan_for(tmp_path: Path, decode: DecodePlan, *settings: str) -> Plan:
     settled = config(tmp_path, *settings)
-    pools = size_pools(settled, H100)
+    pools = size_pools(settled, [H100])
     flow = size_flow(settled, SPEC, pools, decode, 10**6)
     run = RunFolder(str(tmp_path / "out"), "named", lease_s=1.0)
     return Plan(
@@ -121,3 +121,24 @@ def test_a_rerun_goes_on_with_exact_images_where_the_first_attempt_ended_with_th
     for mode in ("exact", "gpu"):
         (Path(plan.run.attempts()[0].decisions_uri) / "images.json").write_text(f'{{"mode": "{mode}"}}')
         assert runs._left(plan, plan.run.begin(holder)).decode.mode == mode
+
+
+def test_a_run_that_stalls_goes_on_with_what_the_cluster_has_now_and_ends_where_that_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_for(tmp_path, DecodePlan("exact", resizes_on_gpu=True))
+    clusters = [[H100], [{"CPU": 8.0, "GPU": 1.0}], [{"CPU": 8.0, "GPU": 1.0}]]
+    monkeypatch.setattr("scoring.pipeline._nodes", lambda: clusters[min(len(plans), 2)])
+    plans: list[Plan] = []
+
+    def stall(plan: Plan, attempt: Any) -> dict[str, float]:
+        plans.append(plan)
+        attempt.write_receipt(receipt(0, s0=(0, 60)) if len(plans) == 1 else receipt(0, s0=(60, 70)))
+        raise StalledError("nothing moved")
+
+    monkeypatch.setattr(runs, "score", stall)
+    with pytest.raises(StalledError), caplog.at_level(logging.WARNING):
+        runs._score_all(plan, hold(plan))
+    assert [item.pools.feature_workers for item in plans] == [15, 7]
+    assert dict(plans[1].done) == {0: ((0, 60),)}, "what was scored stays scored"
+    assert "The cluster has changed: going on with Pools(" in caplog.text

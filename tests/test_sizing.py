@@ -26,7 +26,7 @@ def config(tmp_path: Path, *settings: str) -> ScoreConfig:
 
 @pytest.mark.parametrize("resources", [LAPTOP, H100, {"CPU": 1.0}, {"CPU": 64.0, "GPU": 4.0}, {"CPU": 48.0}])
 def test_pools_leave_room_for_a_read_and_a_write(tmp_path: Path, resources: Mapping[str, float]) -> None:
-    pools = size_pools(config(tmp_path), resources)
+    pools = size_pools(config(tmp_path), [resources])
     held = pools.scoring_actors * pools.scoring_cpus + pools.feature_workers * pools.feature_cpus
     assert held <= resources["CPU"] - 0.5
     assert pools.scoring_actors * pools.gpus_per_actor == resources.get("GPU", 0.0)
@@ -34,14 +34,14 @@ def test_pools_leave_room_for_a_read_and_a_write(tmp_path: Path, resources: Mapp
 
 def test_explicit_numbers_win(tmp_path: Path) -> None:
     settings = ("resources.cpus=4", "resources.gpus=0.5", "resources.actors=2", "batch.rows=6000")
-    pools = size_pools(config(tmp_path, *settings), H100)
+    pools = size_pools(config(tmp_path, *settings), [H100])
     assert (pools.scoring_actors, pools.gpus_per_actor, pools.feature_workers) == (2, 0.5, 3)
     assert size_flow(config(tmp_path, *settings), SPEC, pools, DecodePlan("gpu"), 10**6).window_rows == 6000
-    assert size_pools(config(tmp_path, "resources.gpus=0"), H100).gpus_per_actor == 0
+    assert size_pools(config(tmp_path, "resources.gpus=0"), [H100]).gpus_per_actor == 0
 
 
 def test_auto_takes_the_gpus_decoder_where_it_is_and_exact_pixels_elsewhere(tmp_path: Path) -> None:
-    pools, without = size_pools(config(tmp_path), H100), size_pools(config(tmp_path), LAPTOP)
+    pools, without = size_pools(config(tmp_path), [H100]), size_pools(config(tmp_path), [LAPTOP])
     auto = config(tmp_path)
     assert plan_decode(auto, SPEC, pools, has_decoder=True).mode == "gpu"
     assert plan_decode(auto, SPEC, pools, has_decoder=False) == DecodePlan("exact", resizes_on_gpu=True)
@@ -53,7 +53,7 @@ def test_auto_takes_the_gpus_decoder_where_it_is_and_exact_pixels_elsewhere(tmp_
 def test_pictures_that_only_pillow_can_transform_stay_on_the_cores(tmp_path: Path) -> None:
     crop = replace(SPEC, image_models=(replace(IMAGE, transforms=("center_crop",)),))
     two = replace(SPEC, image_models=(IMAGE, replace(IMAGE, prefix="other")))
-    pools = size_pools(config(tmp_path), H100)
+    pools = size_pools(config(tmp_path), [H100])
     for spec in (crop, two):
         assert plan_decode(config(tmp_path), spec, pools, has_decoder=True) == DecodePlan("exact")
         with pytest.raises(ValueError, match="this predictor's images need the exact way"):
@@ -63,9 +63,9 @@ def test_pictures_that_only_pillow_can_transform_stay_on_the_cores(tmp_path: Pat
 def test_a_named_decoder_that_is_missing_is_refused_with_the_next_step(tmp_path: Path) -> None:
     named = config(tmp_path, "images.decode=gpu")
     with pytest.raises(ValueError, match=r"install multimodal-scorer\[gpu-images\]"):
-        plan_decode(named, SPEC, size_pools(named, H100), has_decoder=False)
+        plan_decode(named, SPEC, size_pools(named, [H100]), has_decoder=False)
     with pytest.raises(ValueError, match="no GPU is used"):
-        plan_decode(named, SPEC, size_pools(named, LAPTOP), has_decoder=False)
+        plan_decode(named, SPEC, size_pools(named, [LAPTOP]), has_decoder=False)
 
 
 def test_few_cores_decode_nothing_and_many_a_share(tmp_path: Path) -> None:
@@ -77,10 +77,25 @@ def test_few_cores_decode_nothing_and_many_a_share(tmp_path: Path) -> None:
 
 
 def test_a_small_run_is_cut_into_blocks_for_every_worker(tmp_path: Path) -> None:
-    pools = size_pools(config(tmp_path), H100)
+    pools = size_pools(config(tmp_path), [H100])
     flow = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 2_000)
     assert 2_000 / flow.block_rows >= 2 * pools.feature_workers
     assert flow.window_rows <= 500
     large = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6)
     assert (large.block_rows, large.window_rows) == (512, 4096)
     assert size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6).block_rows == 4096
+
+
+@pytest.mark.parametrize("nodes", [[2.0] * 3, [16.0] * 2, [8.0] * 5, [4.0, 64.0]])
+def test_on_several_nodes_an_actor_fits_on_one_and_all_fit_when_one_is_gone(tmp_path: Path, nodes: list[float]) -> None:
+    pools = size_pools(config(tmp_path), [{"CPU": cpus} for cpus in nodes])
+    assert pools.scoring_cpus <= max(nodes) - 0.5
+    held = pools.scoring_actors * pools.scoring_cpus + pools.feature_workers * pools.feature_cpus
+    assert held <= max(sum(nodes) - max(nodes), sum(nodes) / 2) - 0.5
+    assert pools.scoring_actors >= len(nodes)
+    assert pools.num_threads <= max(nodes)
+
+
+def test_nodes_without_cpus_or_gpus_count_for_what_they_have(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), [{"CPU": 4.0}, {"GPU": 2.0, "CPU": 8.0}, {"memory": 1e9}])
+    assert (pools.scoring_actors, pools.gpus_per_actor, pools.feature_workers) == (2, 1.0, 10)
