@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -99,6 +99,12 @@ class Journal:
         self._closed.set()
         if threading.current_thread() is not self._watchdog:
             self._watchdog.join()
+        if self._stalled is not None:
+            self._stalled.close()
+            # The last one leaves nothing behind, also where no attempt's folder is dropped around it.
+            with suppress(OSError):
+                os.unlink(self._stalled.name)
+                os.rmdir(self._folder)
 
     # --- flights
 

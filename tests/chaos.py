@@ -3,10 +3,11 @@
     python -m tests.chaos FOLDER PREDICTOR CACHE OUT.json [--seed N] [--rows N] [--real] PART=COUNT [...]
 
 The parts: `driver` (a driver is killed at a random moment, then run once more), `owned` (the same, each with a Ray of its own),
+`turns` (drivers of one run are killed one after another),
 `actors` and `workers` (scoring actors and feature workers are killed during one run), `nodes` (one of three nodes is removed),
-`contenders` (two drivers in the same second), `zombies` (a driver is stopped, followed by another one, and wakes up). Ray is the
-one of RAY_ADDRESS, but for `owned` and `nodes`. Positions are drawn from the seed, which is printed. With `--real` the predictor
-scores, else the formula of `tests/formula.py`.
+`contenders` (two drivers in the same second), `zombies` (a driver is stopped, followed by another one, and wakes up),
+`hopeless` (all rows are bad). Ray is the one of RAY_ADDRESS, but for `owned` and `nodes`. Positions are drawn from the seed,
+which is printed. With `--real` the predictor scores, else the formula of `tests/formula.py`.
 """
 
 import argparse
@@ -209,6 +210,29 @@ def kill_drivers(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str
     return {"quiet_s": round(quiet_s, 1), "rows": chaos.num_rows, "too_late": too_late, "kills": kills}
 
 
+def kill_in_turn(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
+    """One run whose drivers are killed one after another: the first on its way to its first rows, the others ever further."""
+    output = chaos.output()
+    parts, in_flight = [], 0
+    for number in range(count):
+        driver = chaos.start(output)
+        if number:
+            parts.append(round((number - 1 + float(rng.uniform(0.1, 0.9))) / (count - 1), 2))
+            chaos.wait_for_rows(output, driver, parts[-1] * chaos.num_rows)
+        else:
+            time.sleep(float(rng.uniform(1, 15)))
+        driver.kill()
+        assert driver.wait() == -signal.SIGKILL
+        scored, done = chaos.settle(output)
+        in_flight = scored - done
+        assert not (output / "latest.json").exists()
+    chaos.finish(output)
+    # A driver finds what all before it have done; what they had in flight was scored anew.
+    scored_twice = chaos.rows_scored(output) - chaos.num_rows
+    assert in_flight <= scored_twice, (in_flight, scored_twice)
+    return {"rows": chaos.num_rows, "killed_at": parts, "rows_scored_twice": scored_twice}
+
+
 def kill_owners(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
     """`kill_drivers`, where each driver has started Ray itself."""
     return kill_drivers(replace(chaos, address="local"), count, rng)
@@ -340,15 +364,35 @@ def wake(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"rows": chaos.num_rows, "zombies": found}
 
 
+def give_up(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
+    """All rows are bad, as no age is a number: the run stops at its limit, with the reason."""
+    for file in chaos.files:
+        table = pq.read_table(file)
+        ages = pa.array(["unknown"] * table.num_rows)
+        pq.write_table(table.set_column(table.column_names.index("age"), "age", ages), file, row_group_size=1024)
+    output = chaos.output()
+    start = time.monotonic()
+    code = replace(chaos, settings=()).start(output).wait(_TIMEOUT_S)
+    log = log_of(output).read_text()
+    assert code == 3, log[-4000:]
+    assert "quarantine.max_fraction: " in log.splitlines()[-1]
+    assert "number_invalid" in log.splitlines()[-1]
+    assert not (output / "latest.json").exists()
+    done = chaos.rows_done(output)
+    return {"rows": chaos.num_rows, "rows_done": done, "wall_s": round(time.monotonic() - start, 1)}
+
+
 Part = Callable[[Chaos, int, np.random.Generator], dict[str, Any]]
 PARTS: Mapping[str, Part] = {
     "driver": kill_drivers,
+    "turns": kill_in_turn,
     "owned": kill_owners,
     "actors": kill_workers(ACTORS),
     "workers": kill_workers(WORKERS),
     "nodes": remove_nodes,
     "contenders": contend,
     "zombies": wake,
+    "hopeless": give_up,
 }
 
 

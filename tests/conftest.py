@@ -13,14 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests import predictors
+from tests.layouts import LAYOUT_SETTINGS, ActorLines, ScoredLayout, wait_for_goodbyes, write_layout
 from tests.predictors import Predictor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,6 +43,19 @@ class Run:
     @property
     def error(self) -> str:
         return str(self.summary.get("error", ""))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist (`--dist loadgroup`): one worker has every test that runs Ray, as two Rays on one machine disturb
+    each other; the modules are dealt out among the others. The long ones come first, and those that the zoo is fitted for.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _uses_ray(item) else item.path.stem))
+    items.sort(key=lambda item: (not _uses_ray(item), item.path.stem != "test_upstream"))
+
+
+def _uses_ray(item: pytest.Item) -> bool:
+    return "ray_head" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray") is not None
 
 
 def source_hash(*names: str) -> str:
@@ -91,7 +109,10 @@ def ray_head() -> Iterator[RayHead]:
     )
     _wait_for_port(port, head)
     yield RayHead(f"127.0.0.1:{port}", folder / "session_latest" / "logs")
-    head.terminate()
+    # Not terminate(): a head that says goodbye takes 30 s.
+    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     head.wait(timeout=60)
     shutil.rmtree(folder, ignore_errors=True)
     # A head that is terminated leaves its address here, and the next ray.init() of anybody waits for it in vain.
@@ -114,15 +135,16 @@ def _wait_for_port(port: int, head: "subprocess.Popen[bytes]") -> None:
 class ScoreCommand:
     """Runs `python -m jobs.score`, with this session's Ray and its cache of feature specs."""
 
-    def __init__(self, address: str | None, cache: Path) -> None:
+    def __init__(self, address: str | None, cache: Path, module: Sequence[str] = ("jobs.score",)) -> None:
         self._address = address
         self._cache = cache
+        self._module = module
 
     def __call__(self, *arguments: object, cwd: Path = REPOSITORY, timeout_s: float = 400) -> Run:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE"}
         if self._address:
             environment["RAY_ADDRESS"] = self._address
-        command = [sys.executable, "-m", "jobs.score", *map(str, arguments)]
+        command = [sys.executable, "-m", *self._module, *map(str, arguments)]
         if not any(str(argument).startswith("engine.cache") for argument in arguments):
             command += ["--set", f"engine.cache={self._cache}"]
         done = subprocess.run(
@@ -137,6 +159,41 @@ class ScoreCommand:
 def score(ray_head: RayHead, zoo_root: Path) -> ScoreCommand:
     """The main job on this session's Ray."""
     return ScoreCommand(ray_head.address, zoo_root / predictors.CACHE)
+
+
+@pytest.fixture(scope="session")
+def formula(ray_head: RayHead, zoo_root: Path) -> ScoreCommand:
+    """The main job with a formula in the model's place: 40 s less a run, as nothing imports AutoGluon."""
+    return ScoreCommand(ray_head.address, zoo_root / predictors.CACHE, ("tests.formula", "--"))
+
+
+@pytest.fixture(scope="session")
+def tabular_rows(zoo: Mapping[str, Predictor]) -> pa.Table:
+    """300 rows of the tabular predictor, with ids."""
+    table = pq.read_table(zoo["ft_transformer"].rows).replace_schema_metadata(None).slice(0, 300)
+    return table.append_column("row_id", pa.array([f"id-{i:03d}" for i in range(table.num_rows)]))
+
+
+@pytest.fixture(scope="session")
+def scored_layout(
+    ray_head: RayHead,
+    score: ScoreCommand,
+    zoo: Mapping[str, Predictor],
+    tabular_rows: pa.Table,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ScoredLayout:
+    """The real job over parquet, CSV and Hive partitions. Tests that change its output work on a copy."""
+    folder = tmp_path_factory.mktemp("scored")
+    data, cache, output = folder / "data", folder / "cache", folder / "out"
+    files = write_layout(tabular_rows, data)
+    before = ActorLines.read(ray_head.logs)
+    # The cache is empty: the run extracts the feature spec itself.
+    settings = ("--set", "resources.actors=1", "--set", f"engine.cache={cache}", *LAYOUT_SETTINGS)
+    arguments = ("--input", data, "--predictor", zoo["ft_transformer"].path, "--output", output, *settings)
+    run = score(*arguments)
+    assert run.code == 0, run.log
+    lines = wait_for_goodbyes(ray_head.logs, before, rows=300)
+    return ScoredLayout(files, data, cache, output, arguments, run.log, lines)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from scoring.columns import SOURCE_ROW
 from scoring.config import ScoreConfig
+from scoring.decoding import DecodePlan
 from scoring.errors import Stage
 from scoring.features import FEATURE_PREFIX
 from scoring.guard import Guard
@@ -35,15 +36,29 @@ def score_of(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     return ((rows * 2654435761 % 2**32) / 2**32).astype(np.float32)
 
 
-def poison_of(output: object) -> Mapping[str, str]:
-    """Rows that do harm, as file:row -> raise, crash or hang; from a file beside the run's output, if there is one."""
+def poison_of(output: object, stage: str) -> Mapping[str, str]:
+    """Rows that do harm, as file:row -> raise, crash or hang, by stage; from a file beside the run's output, if there is one."""
     path = Path(f"{output}.poison.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    found: Mapping[str, Mapping[str, str]] = json.loads(path.read_text()) if path.exists() else {}
+    return found.get(stage, {})
 
 
-def started_of(output: object) -> Path:
-    """Where the actors of a run with poison note that they started."""
-    return Path(f"{output}.started")
+def suffer_from(table: pa.Table, poison: Mapping[str, str]) -> None:
+    """Do what a poison row does to whoever gets it."""
+    names = [name.rpartition("/")[2] for name in table["source_file"].to_pylist()]
+    for name, row, reason in zip(names, table[SOURCE_ROW].to_pylist(), table["reason"].to_pylist(), strict=True):
+        if reason is None and f"{name}:{row}" in poison:
+            suffer(poison[f"{name}:{row}"])
+
+
+def started_of(output: object, stage: str) -> Path:
+    """Where a stage's actors note that they started."""
+    return Path(f"{output}.{stage}.started")
+
+
+def note_start(output: object, stage: str) -> None:
+    with started_of(output, stage).open("a") as file:
+        file.write(f"{os.getpid()}\n")
 
 
 def suffer(harm: str) -> None:
@@ -68,10 +83,8 @@ class FormulaActor:
 
     def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, told: Mapping[str, Any]) -> None:
         output = told["decisions"].partition("/runs/")[0]
-        self._diary, self._poison = diary_of(output), poison_of(output)
-        if self._poison:
-            with started_of(output).open("a") as file:
-                file.write(f"{os.getpid()}\n")
+        self._diary, self._poison = diary_of(output), poison_of(output, Stage.SCORE)
+        note_start(output, Stage.SCORE)
         self._guard = Guard(self._score, Stage.SCORE, Journal(told["journal"], timeout_s=5.0))
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -81,10 +94,7 @@ class FormulaActor:
         return self._guard(table)
 
     def _score(self, table: pa.Table) -> pa.Table:
-        names = [name.rpartition("/")[2] for name in table["source_file"].to_pylist()]
-        for name, row, reason in zip(names, table[SOURCE_ROW].to_pylist(), table["reason"].to_pylist(), strict=True):
-            if reason is None and f"{name}:{row}" in self._poison:
-                suffer(self._poison[f"{name}:{row}"])
+        suffer_from(table, self._poison)
         scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
         is_good = np.array([reason is None for reason in table["reason"].to_pylist()])
         scores = score_of(table[SOURCE_ROW].to_numpy())
@@ -95,7 +105,8 @@ class FormulaActor:
 
 
 def main(arguments: Sequence[str]) -> None:
-    from jobs import score
+    from jobs import score  # first: it settles how Ray starts
+    from scoring.pipeline import FeatureWorker
 
     end = arguments.index("--")
     delays = [float(argument.partition("=")[2]) for argument in arguments[:end] if argument.startswith("--delay=")]
@@ -105,8 +116,24 @@ def main(arguments: Sequence[str]) -> None:
 
         delay_s = delays[0] if delays else 0.0
 
+    class PoisonedWorker(FeatureWorker):
+        """The real one, whose rows may do harm."""
+
+        def __init__(self, spec_json: str, config: ScoreConfig, decode: DecodePlan, journal: str) -> None:
+            super().__init__(spec_json, config, decode, journal)
+            build = self._guard._work
+            poison = poison_of(config.output.path, Stage.FEATURES)
+            note_start(config.output.path, Stage.FEATURES)
+
+            def build_or_suffer(table: pa.Table) -> pa.Table:
+                suffer_from(table, poison)
+                return build(table)
+
+            self._guard._work = build_or_suffer
+
     DelayedActor.__name__ = FormulaActor.__name__
-    with patch("scoring.pipeline.ScoringActor", DelayedActor):
+    PoisonedWorker.__name__ = FeatureWorker.__name__
+    with patch("scoring.pipeline.ScoringActor", DelayedActor), patch("scoring.pipeline.FeatureWorker", PoisonedWorker):
         score.app(args=list(arguments[end + 1 :]))
 
 

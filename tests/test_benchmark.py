@@ -30,6 +30,7 @@ from scoring.spec import FeatureSpec
 from tests.conftest import REPOSITORY
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_quick_comparison_accounts_for_every_row_and_agrees_with_predict_proba(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.benchmark", "pipeline", "--quick", "--output", str(tmp_path)]

@@ -43,9 +43,9 @@ def run_parts(
 RunParts = Callable[..., Mapping[str, Any]]
 
 
-def test_three_drivers_killed_at_random(run_parts: RunParts) -> None:
-    found = run_parts("--seed=3", "--rows=10000", "driver=3")
-    assert len(found["driver"]["kills"]) == 3
+def test_three_drivers_killed_in_turn(run_parts: RunParts) -> None:
+    found = run_parts("--seed=3", "--rows=20000", "--delay=0.2", "turns=3")["turns"]
+    assert found["rows_scored_twice"] < 20_000, "no driver starts from the beginning"
 
 
 def test_poison_rows_cost_themselves_alone(
@@ -55,7 +55,7 @@ def test_poison_rows_cost_themselves_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One row in 1,000 raises, one crashes its process, one never returns: all others are scored."""
+    """One row in 1,000 raises, one crashes its process, one never returns, also in a feature worker: the others are scored."""
     monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
     predictor = zoo["ft_transformer"]
     rows = pq.read_table(predictor.rows).replace_schema_metadata(None)
@@ -64,8 +64,10 @@ def test_poison_rows_cost_themselves_alone(
         tmp_path, predictor.path, zoo_root / predictors.CACHE, files, settings=("quarantine.max_fraction=1",)
     )
     output = run.output()
-    poison = {"0000.parquet:500": "raise", "0000.parquet:1500": "raise", "0001.parquet:500": "raise"}
-    poison |= {"0001.parquet:1234": "crash", "0000.parquet:77": "hang"}
+    poison: dict[str, dict[str, str]] = {"score": {}, "features": {}}
+    poison["score"] |= {"0000.parquet:500": "raise", "0000.parquet:1500": "raise", "0001.parquet:500": "raise"}
+    poison["score"] |= {"0001.parquet:1234": "crash", "0000.parquet:77": "hang"}
+    poison["features"] |= {"0001.parquet:7": "raise", "0001.parquet:1900": "crash"}
     Path(f"{output}.poison.json").write_text(json.dumps(poison))
     published = run.finish(output)
     run.check(published)
@@ -74,10 +76,18 @@ def test_poison_rows_cost_themselves_alone(
         for row in published.quarantine.to_pylist()
     }
     reasons = {"raise": "score_error", "crash": "process_killed", "hang": "timeout"}
-    assert found == {row: ("score", reasons[harm]) for row, harm in poison.items()}
-    starts = len(started_of(output).read_text().split())
+    assert found == {row: (stage, reasons[harm]) for stage in poison for row, harm in poison[stage].items()}
+    starts = {stage: len(started_of(output, stage).read_text().split()) for stage in poison}
     print("actors started", starts)
-    assert starts <= 1 + 2 * 3, "three restarts at most for each row that ends its process"
+    # Three restarts at most for each row that ends its process.
+    assert starts["score"] <= 1 + 2 * 3
+    assert starts["features"] <= 1 + 3
+
+
+@pytest.mark.chaos
+def test_a_hopeless_run_is_stopped_long_before_its_end(run_parts: RunParts) -> None:
+    found = run_parts("--rows=40000", "hopeless=1")["hopeless"]
+    assert found["rows_done"] <= found["rows"] / 4
 
 
 @pytest.mark.chaos

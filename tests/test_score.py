@@ -5,10 +5,7 @@ the scores written against AutoGluon's own.
 """
 
 import json
-import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +18,12 @@ import pytest
 
 from tests import predictors
 from tests.conftest import RayHead, ScoreCommand
+from tests.formula import score_of
+from tests.layouts import LAYOUT_SETTINGS, ActorLines, ScoredLayout, wait_for_goodbyes, write_layout
 from tests.predictors import Predictor
 from tests.published import Published, read_published
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def write_layout(rows: pa.Table, folder: Path) -> dict[str, int]:
-    """300 rows as two parquet files in Hive partitions (several row groups each) and one CSV: rows by file."""
-    hive = [folder / "region=north" / "a.parquet", folder / "region=s%2Fouth" / "b.pq"]
-    for path, part, group in zip(hive, (rows.slice(0, 130), rows.slice(130, 90)), (40, 90), strict=True):
-        path.parent.mkdir(parents=True)
-        pq.write_table(part, path, row_group_size=group)
-    csv = folder / "c.csv"
-    rest = rows.slice(220, 80).to_pandas().astype(object)
-    rest.where(rest.notna(), "").to_csv(csv, index=False)
-    return {str(hive[0]): 130, str(hive[1]): 90, str(csv): 80}
-
-
-@dataclass(frozen=True)
-class ActorLines:
-    """What a run's scoring actors said, from the workers' own logs: the driver's copy may be cut off at its end."""
-
-    loaded: frozenset[str]
-    final_rows: Mapping[str, int]
-
-    @staticmethod
-    def read(head: RayHead) -> "ActorLines":
-        text = "".join(path.read_text(errors="replace") for path in head.logs.glob("worker-*.err"))
-        final = re.findall(r"score actor=(\w+) provider=\S+ rows=(\d+) .*final=true", text)
-        assert len({actor for actor, _ in final}) == len(final), "an actor says goodbye once"
-        return ActorLines(
-            frozenset(re.findall(r"score actor=(\w+) load_s=", text)), {actor: int(rows) for actor, rows in final}
-        )
-
-    def since(self, earlier: "ActorLines") -> "ActorLines":
-        final = {actor: rows for actor, rows in self.final_rows.items() if actor not in earlier.final_rows}
-        return ActorLines(self.loaded - earlier.loaded, final)
-
-
-def wait_for_goodbyes(head: RayHead, earlier: ActorLines, rows: int) -> ActorLines:
-    """The actors' lines once they stand still: actors end after the driver has published."""
-    deadline = time.monotonic() + 120
-    while True:
-        lines = ActorLines.read(head).since(earlier)
-        time.sleep(5)
-        if ActorLines.read(head).since(earlier) == lines and sum(lines.final_rows.values()) == rows:
-            return lines
-        if time.monotonic() > deadline:
-            return lines
 
 
 def expected_identities(files: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -90,12 +44,6 @@ def assert_accounts(published: Published, files: Mapping[str, int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def tabular_rows(zoo: Mapping[str, Predictor]) -> pa.Table:
-    table = pq.read_table(zoo["ft_transformer"].rows).replace_schema_metadata(None).slice(0, 300)
-    return table.append_column("row_id", pa.array([f"id-{i:03d}" for i in range(table.num_rows)]))
-
-
-@pytest.fixture(scope="module")
 def tabular_reference(
     zoo: Mapping[str, Predictor], tmp_path_factory: pytest.TempPathFactory, tabular_rows: pa.Table
 ) -> pd.DataFrame:
@@ -105,43 +53,35 @@ def tabular_reference(
     return reference.assign(row_id=tabular_rows["row_id"].to_pylist()).set_index("row_id")
 
 
-@pytest.mark.parametrize("actors", [1, 3])
 def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference(
-    actors: int,
-    ray_head: RayHead,
-    score: ScoreCommand,
-    zoo: Mapping[str, Predictor],
-    tabular_rows: pa.Table,
-    tabular_reference: pd.DataFrame,
-    tmp_path: Path,
+    score: ScoreCommand, scored_layout: ScoredLayout, tabular_reference: pd.DataFrame
 ) -> None:
-    files = write_layout(tabular_rows, tmp_path / "data")
-    output = tmp_path / "out"
-    arguments: list[Any] = ["--input", tmp_path / "data", "--predictor", zoo["ft_transformer"].path, "--output", output]
-    # The zoo has a category that is called NA: in CSV it is a missing value unless told otherwise.
-    settings = ["--set", f"resources.actors={actors}", "--set", "batch.rows=32", "--set", 'input.csv.null_values=[""]']
-    before = ActorLines.read(ray_head)
-    if actors == 1:
-        settings += ["--set", f"engine.cache={tmp_path / 'cache'}"]  # empty: the run extracts the feature spec itself
-    run = score(*arguments, *settings)
-    assert run.code == 0, run.log
-    published = read_published(output)
-    assert_accounts(published, files)
-    lines = wait_for_goodbyes(ray_head, before, rows=300)
-    assert sum(lines.final_rows.values()) == 300, f"the actors' last lines count every row: {lines}"
-    # Ray kills an actor that was not ready when the last row was scored: it may have loaded, and scored nothing.
-    assert set(lines.final_rows) <= lines.loaded
-    assert 1 <= len(lines.loaded) <= actors
+    run = scored_layout
+    published = read_published(run.output)
+    assert_accounts(published, run.files)
+    assert sum(run.lines.final_rows.values()) == 300, f"the actor's last line counts every row: {run.lines}"
+    assert set(run.lines.final_rows) == run.lines.loaded
+    assert len(run.lines.loaded) == 1
     assert "provider=torch rows=" in run.log, "and it reaches the driver's log"
-    if actors == 1:
-        plans = list((tmp_path / "cache" / "engines" / "rtx").glob("*/engine.plan"))
-        assert len(plans) == 1, "the engine for the cluster's L4 is built where the spec is extracted"
+    plans = list((run.cache / "engines" / "rtx").glob("*/engine.plan"))
+    assert len(plans) == 1, "the engine for the cluster's L4 is built where the spec is extracted"
     assert published.manifest["images"] == {
         "decode": "auto",
         "mode": "exact",
         "resizes_on_gpu": False,
         "cpu_share": 0.0,
     }
+    check_decision(published)
+    check_like_reference(published, tabular_reference)
+
+    again = score(*run.arguments)
+    assert again.code == 0
+    assert again.summary["was_published"] is True
+    assert read_published(run.output).manifest == published.manifest, "the same command again does nothing"
+
+
+def check_decision(published: Published) -> None:
+    """One decision, on torch: 300 rows do not pay an export."""
     assert set(published.manifest["engine"]["decisions"]) == {"cpu"}
     decision = published.manifest["engine"]["decisions"]["cpu"]
     assert decision["provider"] == "torch"
@@ -150,17 +90,53 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
     assert parity["rows"] >= 60
     assert parity["max_abs_diff"] <= 1e-5
     assert {rung["provider"]: rung["outcome"] for rung in decision["rungs"]} == {"torch": "used", "cpu": "skipped"}
+
+
+def check_like_reference(published: Published, reference: pd.DataFrame) -> None:
     scores = published.scores.to_pandas().set_index("row_id")
     assert set(scores["region"].dropna()) == {"north", "s/outh"}
     for name in ("proba_0", "proba_1"):
         assert scores[name].dtype == np.float32
-        assert np.abs(scores[name] - tabular_reference.loc[scores.index, name]).max() <= 1e-5
-    assert (scores["prediction"] == tabular_reference.loc[scores.index, "prediction"]).all()
+        assert np.abs(scores[name] - reference.loc[scores.index, name]).max() <= 1e-5
+    assert (scores["prediction"] == reference.loc[scores.index, "prediction"]).all()
 
-    again = score(*arguments, *settings)
-    assert again.code == 0
-    assert again.summary["was_published"] is True
-    assert read_published(output).manifest == published.manifest, "the same command again does nothing"
+
+@pytest.mark.slow
+def test_three_real_actors_score_every_row_once_and_like_the_reference(
+    ray_head: RayHead,
+    score: ScoreCommand,
+    zoo: Mapping[str, Predictor],
+    tabular_rows: pa.Table,
+    tabular_reference: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    files = write_layout(tabular_rows, tmp_path / "data")
+    before = ActorLines.read(ray_head.logs)
+    arguments: list[Any] = ["--input", tmp_path / "data", "--predictor", zoo["ft_transformer"].path]
+    run = score(*arguments, "--output", tmp_path / "out", "--set", "resources.actors=3", *LAYOUT_SETTINGS)
+    assert run.code == 0, run.log
+    published = read_published(tmp_path / "out")
+    assert_accounts(published, files)
+    check_decision(published)
+    check_like_reference(published, tabular_reference)
+    lines = wait_for_goodbyes(ray_head.logs, before, rows=300)
+    assert sum(lines.final_rows.values()) == 300, f"the actors' last lines count every row: {lines}"
+    # Ray kills an actor that was not ready when the last row was scored: it may have loaded, and scored nothing.
+    assert set(lines.final_rows) <= lines.loaded
+    assert 1 <= len(lines.loaded) <= 3
+
+
+def test_several_actors_share_the_rows_and_score_each_once(
+    formula: ScoreCommand, zoo: Mapping[str, Predictor], tabular_rows: pa.Table, tmp_path: Path
+) -> None:
+    files = write_layout(tabular_rows, tmp_path / "data")
+    arguments: list[Any] = ["--input", tmp_path / "data", "--predictor", zoo["ft_transformer"].path]
+    run = formula(*arguments, "--output", tmp_path / "out", "--set", "resources.actors=3", *LAYOUT_SETTINGS)
+    assert run.code == 0, run.log
+    published = read_published(tmp_path / "out")
+    assert_accounts(published, files)
+    rows = published.scores["source_row"].to_numpy()
+    np.testing.assert_array_equal(published.scores["proba_1"].to_numpy(), score_of(rows))
 
 
 @pytest.fixture(scope="module")
@@ -187,38 +163,37 @@ def test_zero_scores_a_black_image_and_default_mode_the_neighbour_where_ours_qua
     assert len(skip) == 40
     assert skip.loc[7, "proba_1"] == pytest.approx(skip.loc[9, "proba_1"], abs=1e-6), "row 7 has row 9's score"
     assert skip.loc[8, "proba_1"] == pytest.approx(skip.loc[9, "proba_1"], abs=1e-6), "row 8 has row 9's score"
-    for name in ("image_only", "skip_images"):
-        output = tmp_path / name
-        arguments: list[Any] = ["--input", bad_photos, "--predictor", zoo[name].path, "--output", output]
-        refused = score(*arguments)
-        assert refused.code == 3, refused.log
-        assert "quarantine.max_fraction: 2 of 40 rows (5.00 %)" in refused.error
-        assert "image_missing 1" in refused.error
-        assert not (output / "latest.json").exists(), "nothing is published over the limit"
-        # A rerun with another limit publishes what was scored: no actor starts.
-        published_run = score(*arguments, "--set", "quarantine.max_fraction=0.1")
-        assert published_run.code == 0, published_run.log
-        assert "40 rows are done already" in published_run.log
-        assert "1 of 1 shards are complete and not read again" in published_run.log
-        assert "load_s=" not in published_run.log
-        published = read_published(output)
-        assert_accounts(published, {str(bad_photos): 40})
-        bad = {row["source_row"]: row for row in published.quarantine.to_pylist()}
-        assert {row: (item["stage"], item["reason"]) for row, item in bad.items()} == {
-            7: ("features", "image_undecodable"),
-            8: ("features", "image_missing"),
-        }
-        assert "does-not-exist.jpg" in bad[8]["message"]
+    output = tmp_path / "out"
+    arguments: list[Any] = ["--input", bad_photos, "--predictor", zoo["skip_images"].path, "--output", output]
+    refused = score(*arguments)
+    assert refused.code == 3, refused.log
+    assert "quarantine.max_fraction: 2 of 40 rows (5.00 %)" in refused.error
+    assert "image_missing 1" in refused.error
+    assert not (output / "latest.json").exists(), "nothing is published over the limit"
+    # A rerun with another limit publishes what was scored: no actor starts.
+    published_run = score(*arguments, "--set", "quarantine.max_fraction=0.1")
+    assert published_run.code == 0, published_run.log
+    assert "40 rows are done already" in published_run.log
+    assert "1 of 1 shards are complete and not read again" in published_run.log
+    assert "load_s=" not in published_run.log
+    published = read_published(output)
+    assert_accounts(published, {str(bad_photos): 40})
+    bad = {row["source_row"]: row for row in published.quarantine.to_pylist()}
+    assert {row: (item["stage"], item["reason"]) for row, item in bad.items()} == {
+        7: ("features", "image_undecodable"),
+        8: ("features", "image_missing"),
+    }
+    assert "does-not-exist.jpg" in bad[8]["message"]
 
 
 def test_a_run_without_rows_publishes_an_empty_part_with_the_full_schema(
-    score: ScoreCommand, zoo: Mapping[str, Predictor], tabular_rows: pa.Table, tmp_path: Path
+    formula: ScoreCommand, zoo: Mapping[str, Predictor], tabular_rows: pa.Table, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
     pq.write_table(tabular_rows.slice(0, 0), data / "empty.parquet")
     pacsv.write_csv(tabular_rows.slice(0, 0), data / "header-only.csv")
-    run = score("--input", data, "--predictor", zoo["ft_transformer"].path, "--output", tmp_path / "out")
+    run = formula("--input", data, "--predictor", zoo["ft_transformer"].path, "--output", tmp_path / "out")
     assert run.code == 0, run.log
     published = read_published(tmp_path / "out")
     assert published.manifest["totals"]["rows_read"] == 0

@@ -33,9 +33,8 @@ from scoring.recount import verify_files
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel, NumericalColumn
 from scoring.storage import remove_tree, write_bytes
 from scoring.verify import find_run
-from tests.conftest import REPOSITORY, Run, ScoreCommand
-from tests.predictors import Predictor
-from tests.test_score import write_layout
+from tests.conftest import REPOSITORY, Run
+from tests.layouts import ScoredLayout
 
 A, B, EMPTY = "/data/a.parquet", "/data/b.csv", "/data/empty.parquet"
 # (source_file, rows) by shard index; b.csv is listed between the two of a.parquet's, whose rows it does not shift.
@@ -800,21 +799,14 @@ for output in sys.argv[2:]:
 
 
 @pytest.mark.timeout(900)
-def test_rescoring_passes_a_sound_run_and_names_a_forged_score(
-    score: ScoreCommand, zoo: Mapping[str, Predictor], tmp_path: Path
-) -> None:
-    rows = pq.read_table(zoo["ft_transformer"].rows).replace_schema_metadata(None).slice(0, 300)
-    write_layout(rows, tmp_path / "data")
-    sound, forged = tmp_path / "out", tmp_path / "forged"
-    arguments: list[Any] = ["--input", tmp_path / "data", "--predictor", zoo["ft_transformer"].path, "--output", sound]
-    scored = score(*arguments, "--set", 'input.csv.null_values=[""]')
-    assert scored.code == 0, scored.log
+def test_rescoring_passes_a_sound_run_and_names_a_forged_score(scored_layout: ScoredLayout, tmp_path: Path) -> None:
+    sound, forged = scored_layout.output, tmp_path / "forged"
     shutil.copytree(sound, forged)
     run_id = json.loads((sound / "latest.json").read_text())["run_id"]
     run = MadeRun(forged, run_id, json.loads((forged / "runs" / run_id / "manifest.json").read_text()))
     path = next(file["path"] for file in run.manifest["files"] if file["path"].startswith("scores/") and file["rows"])
     table = run.table(path)
-    csv_row = table["source_file"].to_pylist().index(str(tmp_path / "data" / "c.csv"))
+    csv_row = table["source_file"].to_pylist().index(str(scored_layout.data / "c.csv"))
     moved = 0.2 if table["proba_1"][csv_row].as_py() < 0.5 else -0.2
     changed = table["proba_1"][csv_row].as_py() + moved
     cells = {"proba_1": changed, "proba_0": 1 - changed, "prediction": int(changed > 0.5)}
@@ -840,5 +832,5 @@ def test_rescoring_passes_a_sound_run_and_names_a_forged_score(
     assert passed["max_abs_diff"] < 1e-5
     assert failed["num_problems"] == 1
     row = table["source_row"][csv_row].as_py()
-    assert failed["problems"][0].startswith(f"{path}: row {row} of {tmp_path / 'data' / 'c.csv'} has proba_")
+    assert failed["problems"][0].startswith(f"{path}: row {row} of {scored_layout.data / 'c.csv'} has proba_")
     assert "difference 0.2, limit 0.005" in failed["problems"][0]
