@@ -3,11 +3,11 @@
     python -m tests.chaos FOLDER PREDICTOR CACHE OUT.json [--seed N] [--rows N] [--real] PART=COUNT [...]
 
 The parts: `driver` (a driver is killed at a random moment, then run once more), `owned` (the same, each with a Ray of its own),
-`turns` (drivers of one run are killed one after another),
-`actors` and `workers` (scoring actors and feature workers are killed during one run), `nodes` (one of three nodes is removed),
-`contenders` (two drivers in the same second), `zombies` (a driver is stopped, followed by another one, and wakes up),
-`hopeless` (all rows are bad). Ray is the one of RAY_ADDRESS, but for `owned` and `nodes`. Positions are drawn from the seed,
-which is printed. With `--real` the predictor scores, else the formula of `tests/formula.py`.
+`turns` (drivers of one run are killed one after another), `actors` and `workers` (scoring actors and feature workers are killed
+during one run), `nodes` (one of three nodes is removed), `stalls` (one that cannot be done without), `contenders` (two drivers
+in the same second), `zombies` (a driver is stopped, followed by another one, and wakes up), `hopeless` (all rows are bad). Ray
+is the one of RAY_ADDRESS, but for `owned`, `nodes` and `stalls`. Positions are drawn from the seed, which is printed. With
+`--real` the predictor scores, else the formula of `tests/formula.py`.
 """
 
 import argparse
@@ -61,6 +61,7 @@ class Chaos:
     is_real: bool = False
     settings: Sequence[str] = ()
     address: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.1
     """How long a window takes the formula, but in a rerun."""
     quiet: pa.Table | None = None
@@ -80,6 +81,7 @@ class Chaos:
         for setting in (f"engine.cache={self.cache}", *self.settings):
             command += ["--set", setting]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment |= self.environment
         if self.address:
             environment["RAY_ADDRESS"] = self.address
         with log_of(output).open("a") as log:
@@ -127,9 +129,13 @@ class Chaos:
         return sum(map(int, diary.read_text().split())) if diary.exists() else 0
 
     def rows_done(self, output: Path) -> int:
-        """Rows with a receipt so far."""
-        receipts = output.glob("runs/*/_work/*/receipts/*.json")
-        return sum(file["rows"] for path in receipts for file in json.loads(path.read_text())["files"])
+        """Rows with a receipt so far: the last attempt's, and those of earlier ones that it goes on from."""
+        attempts = sorted(output.glob("runs/*/_work/*/taken.json"))
+        if not attempts:
+            return 0
+        taken = json.loads(attempts[-1].read_text())["receipts"]
+        own = [json.loads(path.read_text()) for path in attempts[-1].parent.glob("receipts/*.json")]
+        return sum(file["rows"] for receipt in (*taken, *own) for file in receipt["files"])
 
     def settle(self, output: Path) -> tuple[int, int]:
         """Rows scored and rows done once both stand still: Ray's workers go on for a moment when their driver is gone."""
@@ -282,15 +288,15 @@ def kill_workers(pattern: str) -> "Part":
 
 
 @contextmanager
-def three_nodes() -> Iterator[Any]:
-    """A Ray of three nodes with 2 CPUs each on this machine; the drivers connect to its head."""
+def nodes_with(head_cpus: int, *worker_cpus: int) -> Iterator[Any]:
+    """A Ray of several nodes on this machine; the drivers connect to its head."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "include_dashboard": False})
     try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2)
+        for cpus in worker_cpus:
+            cluster.add_node(num_cpus=cpus)
         cluster.wait_for_nodes()
         yield cluster
     finally:
@@ -299,12 +305,12 @@ def three_nodes() -> Iterator[Any]:
 
 def remove_nodes(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
     """One of three nodes removed when a part of the rows is done: a quarter, half, three quarters, by turns. None comes back."""
-    with three_nodes() as cluster:
+    with nodes_with(2, 2, 2) as cluster:
         chaos = replace(chaos, address=cluster.address)
         quiet_s = chaos.run_quietly()
     removals = []
     for number in range(count):
-        with three_nodes() as cluster:
+        with nodes_with(2, 2, 2) as cluster:
             chaos.address = cluster.address
             part = (number % 3 + 1) / 4
             output = chaos.output()
@@ -322,6 +328,27 @@ def remove_nodes(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str
             removals[-1]["rows_scored_twice"] = chaos.rows_scored(output) - chaos.num_rows
         print("node removed", removals[-1], flush=True)
     return {"rows": chaos.num_rows, "quiet_s": round(quiet_s, 1), "removals": removals}
+
+
+def stall(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The node with nearly all CPUs removed for good: what is left cannot hold the actors, until they are made fewer."""
+    chaos = replace(chaos, environment={"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "40"})
+    removals = []
+    for _ in range(count):
+        with nodes_with(1, 3) as cluster:
+            chaos.address = cluster.address
+            output = chaos.output()
+            start = time.monotonic()
+            driver = chaos.start(output)
+            chaos.wait_for_rows(output, driver, float(rng.uniform(0.1, 0.6)) * chaos.num_rows)
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            code = driver.wait(_TIMEOUT_S)
+            log = log_of(output).read_text()
+            assert code == 0, log[-4000:]
+            chaos.check(read_published(output))
+        removals.append({"wall_s": round(time.monotonic() - start, 1), "stalls": log.count("The cluster has changed")})
+        print("node removed for good", removals[-1], flush=True)
+    return {"rows": chaos.num_rows, "removals": removals}
 
 
 def contend(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -390,6 +417,7 @@ PARTS: Mapping[str, Part] = {
     "actors": kill_workers(ACTORS),
     "workers": kill_workers(WORKERS),
     "nodes": remove_nodes,
+    "stalls": stall,
     "contenders": contend,
     "zombies": wake,
     "hopeless": give_up,

@@ -91,6 +91,12 @@ def test_a_hopeless_run_is_stopped_long_before_its_end(run_parts: RunParts) -> N
 
 
 @pytest.mark.chaos
+def test_a_run_that_has_lost_its_only_place_goes_on_smaller(run_parts: RunParts) -> None:
+    (removal,) = run_parts("--rows=40000", "stalls=1")["stalls"]["removals"]
+    assert removal["stalls"] >= 1
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("part", "rows"),
     [("driver=30", 20_000), ("owned=3", 20_000), ("actors=20", 100_000), ("workers=10", 100_000), ("nodes=3", 40_000)],
