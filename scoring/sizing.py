@@ -39,7 +39,8 @@ class _Size:
 # where the GPU decodes most images, 0.15 as pixels, 0.5 as a frame, 0.6 KB without an image.
 _SIZES = {"gpu": _Size(512, 4_096, 64), "fast": _Size(512, 4_096, 64), "exact": _Size(128, 1_024, 48)}
 _PLAIN = _Size(4_096, 8_192, 2)
-_CPU_MIB = 16
+# On the CPU. Without images rows are narrow, and a block is what a killed driver loses: 16 MiB of them were 20,000 rows.
+_CPU_IMAGE_BYTES, _CPU_PLAIN_BYTES = 16 * _MIB, _MIB // 4
 # One window in the forward, two at the decoders, one being copied and cut.
 _GPU_CALLS = 4
 _CPU_ROWS = 256
@@ -155,7 +156,8 @@ def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: Deco
     """Rows and bytes between the stages; a small run is cut into several blocks a worker, so that all of them work."""
     if not pools.gpus_per_actor:
         rows_a_time = config.batch.rows or _CPU_ROWS
-        return Flow(rows_a_time, rows_a_time, _CPU_PART_ROWS, 1, _CPU_MIB * _MIB)
+        block_bytes = _CPU_IMAGE_BYTES if spec.image else _CPU_PLAIN_BYTES
+        return Flow(rows_a_time, rows_a_time, _CPU_PART_ROWS, 1, block_bytes)
     size = _SIZES[decode.mode] if spec.image else _PLAIN
     share = rows // (4 * pools.feature_workers)
     block = max(_MIN_BLOCK, min(size.block_rows, 1 << max(0, share.bit_length() - 1)))

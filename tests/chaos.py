@@ -213,6 +213,7 @@ def kill_drivers(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str
             kills.append(kill)
         else:
             too_late += 1
+            quiet_s = min(quiet_s, moment)  # the machine is less busy than it was
     return {"quiet_s": round(quiet_s, 1), "rows": chaos.num_rows, "too_late": too_late, "kills": kills}
 
 

@@ -45,6 +45,7 @@ class Run:
         return str(self.summary.get("error", ""))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest-xdist (`--dist loadgroup`): one worker has every test that runs Ray, as two Rays on one machine disturb
     each other; the modules are dealt out among the others. The long ones come first, and those that the zoo is fitted for.

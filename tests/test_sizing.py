@@ -99,3 +99,10 @@ def test_on_several_nodes_an_actor_fits_on_one_and_all_fit_when_one_is_gone(tmp_
 def test_nodes_without_cpus_or_gpus_count_for_what_they_have(tmp_path: Path) -> None:
     pools = size_pools(config(tmp_path), [{"CPU": 4.0}, {"GPU": 2.0, "CPU": 8.0}, {"memory": 1e9}])
     assert (pools.scoring_actors, pools.gpus_per_actor, pools.feature_workers) == (2, 1.0, 10)
+
+
+def test_narrow_rows_travel_in_small_blocks_on_the_cpu(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), [LAPTOP])
+    wide, narrow = (size_flow(config(tmp_path), spec, pools, DecodePlan(), 10**6) for spec in (SPEC, PLAIN))
+    assert narrow.block_bytes < wide.block_bytes / 16
+    assert narrow.part_rows == wide.part_rows
