@@ -219,6 +219,8 @@ def kill_drivers(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str
 
 def kill_in_turn(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
     """One run whose drivers are killed one after another: the first on its way to its first rows, the others ever further."""
+    if chaos.is_real:
+        chaos.run_quietly()
     output = chaos.output()
     parts, in_flight = [], 0
     for number in range(count):
@@ -234,10 +236,12 @@ def kill_in_turn(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str
         in_flight = scored - done
         assert not (output / "latest.json").exists()
     chaos.finish(output)
-    # A driver finds what all before it have done; what they had in flight was scored anew.
-    scored_twice = chaos.rows_scored(output) - chaos.num_rows
-    assert in_flight <= scored_twice, (in_flight, scored_twice)
-    return {"rows": chaos.num_rows, "killed_at": parts, "rows_scored_twice": scored_twice}
+    found: dict[str, Any] = {"rows": chaos.num_rows, "killed_at": parts}
+    if not chaos.is_real:
+        # A driver finds what all before it have done; what they had in flight was scored anew.
+        found["rows_scored_twice"] = chaos.rows_scored(output) - chaos.num_rows
+        assert in_flight <= found["rows_scored_twice"], (in_flight, found)
+    return found
 
 
 def kill_owners(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -333,7 +337,8 @@ def remove_nodes(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str
 
 def stall(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
     """The node with nearly all CPUs removed for good: what is left cannot hold the actors, until they are made fewer."""
-    chaos = replace(chaos, environment={"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "40"})
+    # Not less: the lost node is noticed after 20 s, and new actors take as long on one core.
+    chaos = replace(chaos, environment={"RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "100"})
     removals = []
     for _ in range(count):
         with nodes_with(1, 3) as cluster:
