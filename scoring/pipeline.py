@@ -155,7 +155,9 @@ def resize(plan: Plan) -> Plan:
 
 
 def _nodes() -> list[Mapping[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """CPUs and GPUs of the cluster's living nodes."""
+    found = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return [{name: resources[name] for name in ("CPU", "GPU") if name in resources} for resources in found]
 
 
 def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> DecodePlan:

@@ -88,11 +88,11 @@ def _score_all(plan: Plan, hold: Hold, *, decides_anew: bool = False) -> tuple[A
     try:
         return attempt, score(left, attempt)
     except StalledError as error:
-        smaller = resize(plan)
-        if smaller.pools == plan.pools:
+        resized = resize(plan)
+        if resized.pools == plan.pools:
             raise
-        logger.warning("%s. The cluster has changed: going on with %s", error, smaller.pools)
-        return _score_all(smaller, hold)
+        logger.warning("%s. The cluster has changed: going on with %s", error, resized.pools)
+        return _score_all(resized, hold)
     except (ParityError, DecoderError) as error:
         if plan.config.images.decode != "auto" or left.decode.mode == "exact":
             raise

@@ -46,6 +46,7 @@ class PartSink(Datasink[None]):  # type: ignore[misc]
             task: int = ctx.task_idx
             table = pa.concat_tables(tables)
             receipt = write_task(table, task, self._attempt, self._schemas)
-            # A task within the limit cannot be the one that takes the run over it: most never read the others' receipts.
+            # A hopeless run has tasks over the limit, and only these read the others' receipts: with each that has a bad row,
+            # reading would grow with the square of the tasks. What creeps over the limit is found at the end.
             if self._limit is not None and sum(receipt.reasons.values()) / table.num_rows > self._limit[1]:
                 check_quarantine(sum_reasons(self._attempt.receipts()), *self._limit)

@@ -47,6 +47,8 @@ _CPU_ROWS = 256
 # A crash repeats what has no part yet: 2 s of an H100, half a minute of a core. A million rows are 50 files or 500.
 _GPU_PART_ROWS, _CPU_PART_ROWS = 20_000, 2_000
 _MIN_BLOCK = 32
+# Where one node has nearly all CPUs, room for its loss would let the small ones be given far more than they can do.
+_LEAST_SCALE = 0.4
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,10 @@ def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Poo
 
     Without a GPU the forward is the bound (about 50 rows/s a core against 200 for features), so a quarter of the cores
     prepares features and the rest scores, one actor a 8 cores. With GPUs all cores but one a GPU prepare features: that one
-    is the scoring actor's own. What the actors hold always leaves room for a read and a write task, or nothing would move,
-    and the CPUs of one node, where there are several: when it goes, its actors go to the others at once (SPREAD keeps them
-    apart until then). A GPU that goes is missed until Ray's patience ends; see `run.py`.
+    is the scoring actor's own. A GPU that goes is missed until Ray's patience ends; see `run.py`.
     """
-    sizes = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
-    cpus, largest = int(config.resources.cpus or sum(sizes)), max(sizes)
+    sizes = sorted(node["CPU"] for node in nodes if node.get("CPU")) or [1.0]
+    cpus = int(config.resources.cpus or sum(sizes))
     per_actor = config.resources.gpus
     may_use = config.engine.provider != "cpu" and (per_actor is None or per_actor > 0)
     gpus = sum(node.get("GPU", 0.0) for node in nodes) if may_use else 0.0
@@ -91,18 +91,13 @@ def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Poo
         workers, threads = max(1, cpus - max(1, int(gpus))), 1
         share = min(per_actor or 1.0, gpus / actors)
     else:
-        # Each node can have one that is all its own.
-        actors = config.resources.actors or max(len(sizes), cpus // 8)
         workers = max(1, cpus // 4)
+        # Each node can have one that is all its own.
+        actors = config.resources.actors or max(1, min(len(sizes), cpus - workers), cpus // 8)
         # More threads than cores is far worse than too few: OpenMP's threads spin while they wait for each other.
-        threads = max(1, min((cpus - workers) // actors, int(largest)))
+        threads = max(1, min((cpus - workers) // actors, int(sizes[-1])))
         share = 0.0
-    wanted = workers + (0 if share else actors * threads)
-    # Never less than half: where one node has nearly all, the others would be given far more than they can do.
-    room = max(cpus - largest, cpus / 2) if len(sizes) > 1 else cpus
-    scale = min(1.0, (room - 2 * IO_CPUS) / wanted)
-    if not share:
-        scale = min(scale, (largest - 2 * IO_CPUS) / threads)
+    scale = _cpu_scale(sizes, cpus, workers, actors, 0 if share else threads)
     # Ray takes fractions of 1/10,000; rounding up could let the sum pass what is there.
     return Pools(
         scoring_actors=actors,
@@ -112,6 +107,23 @@ def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Poo
         feature_cpus=math.floor(1000 * scale) / 1000,
         num_threads=threads,
     )
+
+
+def _cpu_scale(sizes: Sequence[float], cpus: int, workers: int, actors: int, threads: int) -> float:
+    """What actors ask of Ray for each core that they use, so that all have a place, also when the largest node is gone.
+
+    `sizes`: the nodes' CPUs, ascending. `threads`: a scoring actor's, 0 where it lives on a GPU. A read and a write task find
+    room beside the actors, or nothing would move. Ray's SPREAD keeps actors apart as long as there are nodes enough.
+    """
+    io = 2 * IO_CPUS
+    scale = min(1.0, (cpus - io) / (workers + actors * threads))
+    if threads:
+        scale = min(scale, (sizes[-1] - io) / threads)
+    others = sizes[:-1]
+    if others:
+        load = math.ceil(actors / len(others)) * threads + math.ceil(workers / len(others))
+        scale = min(scale, max((others[0] - io) / load, _LEAST_SCALE * scale))
+    return scale
 
 
 def plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools, *, has_decoder: bool) -> DecodePlan:

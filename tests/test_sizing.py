@@ -96,6 +96,35 @@ def test_on_several_nodes_an_actor_fits_on_one_and_all_fit_when_one_is_gone(tmp_
     assert pools.num_threads <= max(nodes)
 
 
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+@pytest.mark.parametrize("nodes", [[2.0] * 3, [16.0] * 2, [8.0] * 3, [8.0] * 5, [4.0] * 4])
+def test_all_actors_find_a_place_when_a_node_is_gone(tmp_path: Path, nodes: list[float], gpus: float) -> None:
+    pools = size_pools(config(tmp_path), [{"CPU": cpus, "GPU": gpus} for cpus in nodes])
+    actors = [pools.scoring_cpus] * pools.scoring_actors + [pools.feature_cpus] * pools.feature_workers
+    assert pools.scoring_actors == (len(nodes) if max(nodes) < 16 or gpus else 4)
+    assert is_placed(actors, nodes)
+    assert is_placed(actors, nodes[1:])
+
+
+def is_placed(actors: list[float], nodes: list[float]) -> bool:
+    """Whether actors, the large ones first, each on the emptiest node, leave room for a read or a write task on every one."""
+    free = list(nodes)
+    for cpus in sorted(actors, reverse=True):
+        free[free.index(max(free))] -= cpus
+    return min(free) >= 0.25
+
+
+def test_a_small_node_beside_a_large_one_has_actors_of_its_size(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), [{"CPU": 4.0}, {"CPU": 64.0}])
+    assert pools.scoring_cpus <= 4.0
+    assert pools.scoring_cpus >= 0.3 * pools.num_threads, "but is not given all that the large one had"
+
+
+def test_named_cpus_are_not_passed_by_giving_each_node_an_actor(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path, "resources.cpus=2"), [{"CPU": 2.0}] * 3)
+    assert (pools.scoring_actors, pools.num_threads, pools.feature_workers) == (1, 1, 1)
+
+
 def test_nodes_without_cpus_or_gpus_count_for_what_they_have(tmp_path: Path) -> None:
     pools = size_pools(config(tmp_path), [{"CPU": 4.0}, {"GPU": 2.0, "CPU": 8.0}, {"memory": 1e9}])
     assert (pools.scoring_actors, pools.gpus_per_actor, pools.feature_workers) == (2, 1.0, 10)
