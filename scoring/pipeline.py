@@ -3,7 +3,6 @@
 Owns the order of things and the sizes of the pools. Every step is another module's; Ray is started by `jobs/`.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from scoring.ledger import (
     AttemptFolder,
     RunFolder,
 )
+from scoring.nvjpeg import find_library
 from scoring.parts import PartSchemas, reserved_names
 from scoring.predictor import (
     check_hash,
@@ -166,7 +166,7 @@ def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> Decode
     has_decoder = may_decode and _have_gpus_a_decoder()
     if may_decode and not has_decoder and config.images.decode == "auto":
         logger.info(
-            "images.decode=auto: exact, as the GPU's node has no nvImageCodec; install multimodal-scorer[gpu-images] there"
+            "images.decode=auto: exact, as the GPU's node has no nvJPEG; install multimodal-scorer[gpu-images] there"
         )
     try:
         return plan_decode(config, spec, pools, has_decoder=has_decoder)
@@ -175,15 +175,15 @@ def _plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools) -> Decode
 
 
 def _have_gpus_a_decoder() -> bool:
-    """Whether the GPUs' nodes have nvImageCodec, going by one of them."""
+    """Whether the GPUs' nodes have nvJPEG, going by one of them."""
     if len([node for node in ray.nodes() if node["Alive"]]) == 1:
         return _has_decoder()  # the GPUs are here; a task would wait 2 s for its worker
     return bool(ray.get(ray.remote(_has_decoder).options(num_cpus=0, num_gpus=_PROBE_GPUS).remote()))
 
 
 def _has_decoder() -> bool:
-    """Whether this node has nvImageCodec; found without importing anything."""
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.nvimgcodec") is not None
+    """Whether this node has nvJPEG."""
+    return find_library() is not None
 
 
 def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:

@@ -44,6 +44,10 @@ class Frames:
     def __len__(self) -> int:
         return len(self.addresses)
 
+    def take(self, chosen: npt.NDArray[np.bool_]) -> "Frames":
+        """Those of the mask."""
+        return Frames(self.addresses[chosen], self.pitches[chosen], self.widths[chosen], self.heights[chosen])
+
 
 def target_sizes(model: ImageModel, widths: Sizes, heights: Sizes) -> tuple[Sizes, Sizes]:
     """Width and height after the resize and before the crop; torchvision's rule cuts the longer side to an int."""

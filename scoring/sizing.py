@@ -127,7 +127,7 @@ def _cpu_scale(sizes: Sequence[float], cpus: int, workers: int, actors: int, thr
 
 
 def plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools, *, has_decoder: bool) -> DecodePlan:
-    """How the run's images are decoded; `has_decoder`: the GPUs' nodes have nvImageCodec.
+    """How the run's images are decoded; `has_decoder`: the GPUs' nodes have nvJPEG.
 
     Raises ValueError, with what to do next, where a mode that was named cannot be had.
     """
@@ -145,7 +145,7 @@ def plan_decode(config: ScoreConfig, spec: FeatureSpec, pools: Pools, *, has_dec
             raise ValueError(f"images.decode: gpu cannot be had: {reason}. Set images.decode=auto")
         if not has_decoder:
             raise ValueError(
-                "images.decode: gpu needs nvImageCodec on the GPU's node; install multimodal-scorer[gpu-images] there, or set "
+                "images.decode: gpu needs nvJPEG on the GPU's node; install multimodal-scorer[gpu-images] there, or set "
                 "images.decode=auto"
             )
         return DecodePlan("gpu", resizes_on_gpu=True, cpu_share=cpu_share(pools))

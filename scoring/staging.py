@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 from scoring.collate import image_places, micro_batches, without_images
 from scoring.config import ScoreConfig
 from scoring.decoding import DecodePlan
-from scoring.device_images import NUM_DECODERS, DeviceImages, HardwareDecoder, ImageStage
+from scoring.device_images import DeviceImages, ImageStage
 from scoring.engines.base import Shapes
 from scoring.engines.torch_engine import CUDA
 from scoring.images import BadImageError
+from scoring.nvjpeg import JpegDecoder
 from scoring.poison import MAX_HALVINGS, Rows
 from scoring.spec import FeatureSpec, ImageModel
 
@@ -80,8 +81,8 @@ class Staging:
         self._own = threading.local()
         self._images: ImageStage | None = None
         if on_gpu and spec.image and len(spec.image_models) == 1:
-            decoders = [HardwareDecoder() for _ in range(NUM_DECODERS if decode.mode == "gpu" else 0)]
-            self._images = ImageStage(spec.image_models[0], CUDA, decoders, max_pixels=config.images.max_pixels)
+            decoder = JpegDecoder() if decode.mode == "gpu" else None
+            self._images = ImageStage(spec.image_models[0], CUDA, decoder, max_pixels=config.images.max_pixels)
 
     def stage(self, table: pa.Table) -> Staged:
         """The table's rows that carry no reason, ready for `Engine.submit`."""

@@ -37,7 +37,8 @@ MAX_PIXELS = 10**8
 def pixels(cells: pa.ChunkedArray, plan: DecodePlan, *, on_gpu: bool) -> tuple[Any, set[int]]:
     """Pixels (n, size, size, 3) of every row, zeros for those without, and the bad rows."""
     from scoring.collate import collate
-    from scoring.device_images import HardwareDecoder, ImageStage
+    from scoring.device_images import ImageStage
+    from scoring.nvjpeg import JpegDecoder
 
     num = len(cells)
     marks = {field.name: pa.nulls(num, field.type) for field in MARK_FIELDS}
@@ -47,9 +48,8 @@ def pixels(cells: pa.ChunkedArray, plan: DecodePlan, *, on_gpu: bool) -> tuple[A
     bad = set(np.flatnonzero(pc.is_valid(features["reason"]).to_numpy(zero_copy_only=False)).tolist())
     if not on_gpu:
         return collate(features, SPEC)["image:pixels"][:, 0], bad
-    stage = ImageStage(MODEL, "cuda:0", [HardwareDecoder()] if plan.mode == "gpu" else [], max_pixels=MAX_PIXELS)
-    for _ in range(2):  # the second time in frames that were used before
-        images, failed = stage.load(features)
+    stage = ImageStage(MODEL, "cuda:0", JpegDecoder() if plan.mode == "gpu" else None, max_pixels=MAX_PIXELS)
+    images, failed = stage.load(features)
     return images.take(np.arange(num), 1)[:, 0].cpu().numpy(), bad | set(failed)
 
 

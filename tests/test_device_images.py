@@ -3,13 +3,14 @@
 In a process of its own, as in `test_resample.py`.
 """
 
+import ctypes
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import pyarrow as pa
 
@@ -18,6 +19,7 @@ from scoring.config import ImagesConfig
 from scoring.decoding import DecodePlan
 from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
+from scoring.resample import Frames, Sizes
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
 from tests.interpreted import run_interpreted
 from tests.test_decoding import jpeg, picture, png
@@ -28,29 +30,24 @@ GOOD = (jpeg(picture(30, 40)), jpeg(picture(41, 26)), png(picture(24, 20)), jpeg
 
 
 class PillowDecoder:
-    """In the hardware decoder's place: what Pillow reads, None where it is told to fail."""
+    """In the hardware decoder's place: what Pillow reads, nothing where it is told to fail."""
 
     def __init__(self, fails_on: Sequence[bytes]) -> None:
         self._fails_on = frozenset(fails_on)
         self.asked = 0
 
-    @contextmanager
-    def decode(self, contents: Sequence[Any]) -> Iterator[list[Any]]:
-        self.asked += len(contents)
-        yield [None if item.tobytes() in self._fails_on else Frame(item.tobytes()) for item in contents]
-
-
-class Frame:
-    """A decoded image with the attributes that nvImageCodec's have."""
-
-    def __init__(self, content: bytes) -> None:
-        with PIL.Image.open(io.BytesIO(content)) as image:
-            self._pixels = np.ascontiguousarray(image.convert("RGB"))
-        self.height, self.width = self._pixels.shape[:2]
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"data": (self._pixels.ctypes.data, False), "strides": None, "shape": self._pixels.shape}
+    def decode(self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: object) -> npt.NDArray[np.bool_]:
+        self.asked += len(frames)
+        contents = [ctypes.string_at(*where) for where in zip(addresses.tolist(), lengths.tolist(), strict=True)]
+        for content, address, width, height in zip(
+            contents, frames.addresses.tolist(), frames.widths.tolist(), frames.heights.tolist(), strict=True
+        ):
+            with PIL.Image.open(io.BytesIO(content)) as image:
+                assert image.size == (width, height)
+                pixels = image.convert("RGB").tobytes()
+            if content not in self._fails_on:
+                ctypes.memmove(address, pixels, len(pixels))
+        return np.array([content not in self._fails_on for content in contents], dtype=bool)
 
 
 def features_of(rows: Sequence[Sequence[bytes | None]], plan: DecodePlan) -> pa.Table:
@@ -83,13 +80,13 @@ def compare() -> dict[str, Any]:
         # Two chunks: what arrives at the actor is several blocks.
         table = pa.concat_tables([table.slice(0, 3), table.slice(3)])
         decoder = PillowDecoder(fails_on=[GOOD[1]])
-        stage = ImageStage(MODEL, "cpu", [decoder], max_pixels=10**8)
+        stage = ImageStage(MODEL, "cpu", decoder, max_pixels=10**8)
         images, bad = stage.load(table)
         order = np.arange(len(rows))[::-1].copy()
         pixels = images.take(order, 2).numpy()[::-1]
         found[name] = {"differing": int((pixels != spec_free).sum()), "bad": len(bad), "decoded": decoder.asked}
     # Pillow refuses it as well where the limit is lower than the worker's was.
-    stage = ImageStage(MODEL, "cpu", [PillowDecoder(fails_on=[GOOD[1]])], max_pixels=1_000)
+    stage = ImageStage(MODEL, "cpu", PillowDecoder(fails_on=[GOOD[1]]), max_pixels=1_000)
     table = features_of([[GOOD[0]], [GOOD[1]], [GOOD[0]]], DecodePlan("gpu", resizes_on_gpu=True))
     images, bad = stage.load(table)
     found["refused"] = {
