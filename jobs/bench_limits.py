@@ -50,7 +50,7 @@ def measure_forward_limit(
 
     spec = extract_spec(predictor)
     request = EngineRequest(
-        predictor,
+        lambda: predictor,
         spec,
         EngineCache(str(cache)),
         batch_rows=_GPU_ROWS if has_gpu() else _CPU_ROWS,
@@ -102,7 +102,7 @@ def _forward_rate(engine: Any, request: Any, tokens: int, *, quick: bool) -> dic
 
     most = min(_QUICK_ROWS if quick else request.batch_rows, _MAX_TOKENS // max(1, tokens))
     rows = max(count for count in request.shapes.rows if count <= most)
-    arrays = synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=tokens, seed=tokens)
+    arrays = synthetic_arrays(request.spec, rows=rows, tokens=tokens, seed=tokens)
     times: Any = {"seconds": 0.3, "repeats": 1, "warm_ups": 1} if quick else {"seconds": 1.0}
     if torch.cuda.is_available():
         tensors = [to_tensor(arrays[item.name], CUDA) for item in describe_inputs(request.spec)]

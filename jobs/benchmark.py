@@ -116,7 +116,7 @@ def forward(
     if not has_gpu():
         torch.set_num_threads(os.cpu_count() or 1)
     request = EngineRequest(
-        predictor, spec, EngineCache(str(folder / "cache")), batch_rows=rows, num_threads=os.cpu_count() or 1
+        lambda: predictor, spec, EngineCache(str(folder / "cache")), batch_rows=rows, num_threads=os.cpu_count() or 1
     )
     results = [
         result
@@ -207,11 +207,11 @@ def _measure_forward(
     if isinstance(engine, str):
         return [{"engine": name, "unavailable": engine}]
     on_gpu = torch.cuda.is_available()
-    outputs = Outputs(request.predictor, request.spec)
+    outputs = Outputs(request.spec)
     reference = build_engine(request, "torch", "fp32")[0]
     results = []
     for length in tokens:
-        arrays = synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=length, seed=length)
+        arrays = synthetic_arrays(request.spec, rows=rows, tokens=length, seed=length)
         names = [item.name for item in describe_inputs(request.spec)]
         wanted = outputs.comparable(reference.forward(arrays))
         try:

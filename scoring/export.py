@@ -48,7 +48,7 @@ def export_onnx(predictor: "MultiModalPredictor", spec: FeatureSpec, path: Path)
     inputs = describe_inputs(spec)
     # Three rows and odd sizes: a size of 1 would be traced as one that broadcasts.
     tokens = min([17, *(text_model.max_len for text_model in spec.text_models)])
-    arrays = synthetic_arrays(predictor, spec, rows=3, tokens=tokens)
+    arrays = synthetic_arrays(spec, rows=3, tokens=tokens)
     free = {item.name: {axis: size for axis, size in enumerate(item.shape) if isinstance(size, str)} for item in inputs}
     with torch.no_grad(), _traceable_len():
         torch.onnx.export(

@@ -11,6 +11,7 @@ and the real and blank ones together (the rest of the axis is padding).
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -61,9 +62,7 @@ def describe_inputs(spec: FeatureSpec) -> tuple[Input, ...]:
     return tuple(inputs)
 
 
-def synthetic_arrays(
-    predictor: "MultiModalPredictor", spec: FeatureSpec, *, rows: int, tokens: int, seed: int = 0
-) -> dict[str, npt.NDArray[Any]]:
+def synthetic_arrays(spec: FeatureSpec, *, rows: int, tokens: int, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
     """Random arrays of a valid batch: codes and token ids in range, scaled numbers, texts of every length up to `tokens`."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, npt.NDArray[Any]] = {}
@@ -74,7 +73,7 @@ def synthetic_arrays(
             sizes = [len(column.values) for column in spec.categorical]
             arrays[item.name] = np.stack([rng.integers(0, max(1, n), rows) for n in sizes], axis=1).astype(np.int32)
     for text_model in spec.text_models if spec.text else ():
-        vocabulary = _vocabulary(predictor, text_model.prefix)
+        vocabulary = _vocabulary(text_model.tokenizer_json)
         lengths = rng.integers(min(2, tokens), tokens + 1, rows)
         lengths[0] = tokens
         ids = rng.integers(0, vocabulary, (rows, tokens))
@@ -93,13 +92,11 @@ def synthetic_arrays(
     return arrays
 
 
-def _vocabulary(predictor: "MultiModalPredictor", prefix: str) -> int:
-    for module in predictor._learner._model.modules():
-        if getattr(module, "prefix", None) == prefix:
-            config = module.model.config
-            # CLIP keeps its text tower's numbers one level down.
-            return int(getattr(config, "vocab_size", None) or config.text_config.vocab_size)
-    raise KeyError(f"no text model with the prefix {prefix}")
+@cache
+def _vocabulary(tokenizer_json: str) -> int:
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_str(tokenizer_json).get_vocab_size())
 
 
 def _natural_pixels(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import numpy as np
 from scoring.decision import Rung
 from scoring.engines.base import Engine, num_rows
 from scoring.engines.build import EngineRequest, has_gpu, synthetic_sample
+from scoring.flat import BatchArrays
 from scoring.outputs import Outputs
 from scoring.parity import Parity, Scores, compare
 from scoring.rates import known_rate, measured_rate
@@ -26,10 +27,13 @@ class Gate:
 
     def __init__(self, request: EngineRequest) -> None:
         self._request = request
-        self._outputs = Outputs(request.predictor, request.spec)
-        self._sample = list(request.sample) or synthetic_sample(request)
+        self._outputs = Outputs(request.spec)
         self._reference: Scores | None = None
         self.reference_name = ""
+
+    @cached_property
+    def _sample(self) -> list[BatchArrays]:
+        return list(self._request.sample) or synthetic_sample(self._request)
 
     @cached_property
     def reference_engine(self) -> Engine:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scoring.engines.base import Engine, num_rows
-from scoring.engines.build import original_model
 from scoring.flat import BatchArrays, Logits
+from scoring.predictor import original_model
 from scoring.spec import FeatureSpec, ImageModel
 
 if TYPE_CHECKING:

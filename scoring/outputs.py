@@ -1,19 +1,16 @@
-"""From logits to what is written: probabilities and labels by upstream's own functions.
+"""From logits to what is written: probabilities and labels, to the last bit as upstream's functions make them.
 
-Owns the post-processing that comes after a network, whatever engine ran it.
+Owns the post-processing that comes after a network, whatever engine ran it; `tests/upstream.py` holds it to AutoGluon's own.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from scoring.flat import Logits
-from scoring.spec import FeatureSpec, Scalar
-
-if TYPE_CHECKING:
-    from autogluon.multimodal import MultiModalPredictor
+from scoring.spec import FeatureSpec
 
 
 def score_fields(spec: FeatureSpec) -> list[pa.Field]:
@@ -32,10 +29,9 @@ def prediction_type(spec: FeatureSpec) -> pa.DataType:
 
 
 class Outputs:
-    """A predictor's post-processing: its sigmoid where it was trained with one, softmax, label encoder and scaler."""
+    """A predictor's post-processing: its sigmoid where it was trained with one, softmax, class labels and label scaler."""
 
-    def __init__(self, predictor: "MultiModalPredictor", spec: FeatureSpec) -> None:
-        self._learner = predictor._learner
+    def __init__(self, spec: FeatureSpec) -> None:
         self._spec = spec
 
     def columns(self, logits: Logits) -> list[list[Any] | npt.NDArray[Any]]:
@@ -43,35 +39,44 @@ class Outputs:
         if not len(logits):
             return [[] for _ in score_fields(self._spec)]
         logits = self._postprocess(logits)
-        predicted = self._learner._df_preprocessor.transform_prediction(y_pred=logits)
         if self._spec.is_regression:
-            return [np.asarray(predicted, dtype=np.float32).reshape(-1)]
+            return [self._label(logits)]
         probabilities = self._probabilities(logits)
+        labels = [self._spec.class_labels[place] for place in logits.argmax(axis=1).tolist()]
         as_text = prediction_type(self._spec) == pa.string()
-        labels: list[Scalar] = np.asarray(predicted).tolist()
         columns: list[list[Any] | npt.NDArray[Any]] = [probabilities[:, i] for i in range(probabilities.shape[1])]
         return [*columns, [str(label) for label in labels] if as_text else labels]
 
     def comparable(self, logits: Logits) -> npt.NDArray[np.float32]:
-        """Logits -> what differences are measured in: probabilities (n, classes), or standard deviations of the label."""
+        """Logits -> what differences are measured in: probabilities (n, classes), or the label's `unit` (n, 1)."""
         logits = self._postprocess(logits)
-        if not self._spec.is_regression:
+        if self._spec.label_scaler is None:
             return self._probabilities(logits)
-        predicted = self._learner._df_preprocessor.transform_prediction(y_pred=logits)
-        unit = float(self._learner._df_preprocessor.label_scaler.scale_[0])
-        return np.asarray(predicted, dtype=np.float32).reshape(-1, 1) / np.float32(unit)
+        return self._label(logits).reshape(-1, 1) / np.float32(self._spec.label_scaler.unit)
 
     def _probabilities(self, logits: Logits) -> npt.NDArray[np.float32]:
-        from autogluon.multimodal.utils.misc import logits_to_prob
+        from scipy.special import softmax
 
-        return np.asarray(logits_to_prob(logits), dtype=np.float32)
+        return np.asarray(softmax(logits, axis=1), dtype=np.float32)
+
+    def _label(self, logits: Logits) -> npt.NDArray[np.float32]:
+        """Scaled values (n, 1) -> the label's own (n,), in the scaler's order and, as there, rounded to float32 at each step."""
+        values, scaler = np.array(logits, dtype=np.float32).reshape(-1), self._spec.label_scaler
+        assert scaler is not None, "a regression's spec has one"
+        # Arrays, as the scaler's are: numpy would compute with a plain number in float32 throughout.
+        scale, offset = np.array([scaler.scale or 1.0]), np.array([scaler.offset or 0.0])
+        if scaler.kind == "minmax":
+            values -= offset
+            values /= scale
+        else:
+            values *= scale
+            values += offset
+        return values
 
     def _postprocess(self, logits: Logits) -> Logits:
-        apply = self._learner._model_postprocess_fn
-        if not apply:
+        if not self._spec.has_sigmoid:
             return logits
         import torch
 
-        prefix = self._learner._model.prefix
-        done: Logits = apply({prefix: {"logits": torch.from_numpy(logits)}})[prefix]["logits"].numpy()
+        done: Logits = torch.sigmoid(torch.from_numpy(logits)).numpy()
         return done

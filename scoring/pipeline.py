@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scoring.accounts import Range
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
-from scoring.engines.build import EngineRequest, build_rtx_ahead
-from scoring.engines.cache import EngineCache
 from scoring.errors import DecoderError, EngineError, OutputError, ParityError, Stage, StalledError
 from scoring.features import FeatureBuilder
 from scoring.guard import Guard
@@ -37,13 +37,12 @@ from scoring.nvjpeg import find_library
 from scoring.parts import PartSchemas, reserved_names
 from scoring.predictor import (
     check_hash,
-    extract_spec,
     fetch_predictor,
-    load_predictor,
     load_spec,
     refuse_unsupported,
     store_spec,
 )
+from scoring.preparer import Preparer
 from scoring.retry import retry_fingerprint
 from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
@@ -52,7 +51,6 @@ from scoring.sink import PartSink
 from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, size_flow, size_pools
 from scoring.source import ShardSource
 from scoring.spec import FeatureSpec
-from scoring.staging import GPU_ROWS
 from scoring.storage import is_local, join, redact, remove_tree, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -87,6 +85,8 @@ class Plan:
     """The run whose scores are kept and whose quarantined rows are tried again."""
     done: Mapping[int, Sequence[Range]] = field(default_factory=dict)
     """Rows of the inputs' shards, by shard, that earlier attempts have accounted for."""
+    preparer: Any = None
+    """The run's `PreparerActor`, if it has one already."""
 
 
 @dataclass
@@ -124,11 +124,13 @@ def prepare(
         predictor_hash = check_hash(folder, uri, config.predictor.sha256)
         refuse_unsupported(folder)
         spec = load_spec(predictor_hash, config.engine.cache)
+    preparer = None
     if spec is None:
         with timings.phase("ray_init_s"):
             start_ray()
         with timings.phase("predictor_s"):
-            spec = _extract_spec(predictor_hash, config)
+            preparer = _start_preparer(config, predictor_hash)
+            spec = _extract_spec(preparer, predictor_hash, config)
     inputs = plan_inputs(files, spec, config.input, reserved_names(spec))
     mark = fingerprint(config, predictor_hash=predictor_hash, listing=listing, scores_version=SCORES_VERSION)
     old = RunFolder(config.output.path, retry_of) if retry_of else None
@@ -138,10 +140,27 @@ def prepare(
     with timings.phase("ray_init_s"):
         start_ray()
     pools = size_pools(config, _nodes())
+    if preparer is not None:  # it has AutoGluon in hand: the actors would each import it for that
+        preparer.build.remote(spec.to_json(), for_gpu=pools.gpus_per_actor > 0, rtx_capabilities=_rtx_capabilities())
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
     rows = inputs.estimated_rows if inputs.has_exact_rows else None
-    return Plan(config, folder, predictor_hash, spec, inputs, mark, run, pools, decode, flow, rows, bad_files, old)
+    return Plan(
+        config,
+        folder,
+        predictor_hash,
+        spec,
+        inputs,
+        mark,
+        run,
+        pools,
+        decode,
+        flow,
+        rows,
+        bad_files,
+        old,
+        preparer=preparer,
+    )
 
 
 def resize(plan: Plan) -> Plan:
@@ -186,24 +205,29 @@ def _has_decoder() -> bool:
     return find_library() is not None
 
 
-def _extract_spec(predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
+def _start_preparer(config: ScoreConfig, predictor_hash: str) -> Any:
+    """The process that imports AutoGluon, if it comes to that; beside a GPU, so that its graphs lie where they are read."""
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: -node["Resources"].get("GPU", 0.0))
+    there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=True)
+    # No CPU is asked for: the pools promise all of them, and it works while they start.
+    kind = ray.remote(PreparerActor).options(num_cpus=0, max_concurrency=2, scheduling_strategy=there)
+    return kind.remote(config, predictor_hash)
+
+
+class PreparerActor(Preparer):
+    """See `Preparer`."""
+
+    def __init__(self, config: ScoreConfig, predictor_hash: str) -> None:
+        _set_up_worker()
+        super().__init__(config, predictor_hash)
+
+
+def _extract_spec(preparer: Any, predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
     """Extract the spec in a process of its own and keep it: the driver never imports AutoGluon."""
     logger.info("predictor %s: extracting its feature spec (imports AutoGluon, about 30 s, once)", predictor_hash[:12])
-    document = ray.get(_extract_in_task.remote(config, predictor_hash, _rtx_capabilities()))
-    spec = FeatureSpec.from_json(document)
+    spec = FeatureSpec.from_json(ray.get(preparer.spec.remote()))
     store_spec(spec, predictor_hash, config.engine.cache)
     return spec
-
-
-# max_calls=1: the process ends with the task, and 1 GB with it.
-@ray.remote(num_cpus=IO_CPUS, max_calls=1, max_retries=1)  # type: ignore[untyped-decorator]
-def _extract_in_task(config: ScoreConfig, predictor_hash: str, rtx_capabilities: tuple[str, ...]) -> str:
-    _set_up_worker()
-    predictor = load_predictor(fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash))
-    spec = extract_spec(predictor)
-    if rtx_capabilities and config.engine.provider in ("auto", "tensorrt"):
-        _build_rtx_ahead(EngineRequest(predictor, spec, EngineCache(config.engine.cache)), config, rtx_capabilities)
-    return spec.to_json()
 
 
 # Ray's names of GPUs -> what TensorRT for RTX builds for. It runs on no other data-centre GPU.
@@ -218,17 +242,6 @@ def _rtx_capabilities() -> tuple[str, ...]:
     return tuple(
         sorted({_RTX_GPUS[gpu] for name in names for gpu in (name, name.partition("-")[0]) if gpu in _RTX_GPUS})
     )
-
-
-def _build_rtx_ahead(request: EngineRequest, config: ScoreConfig, capabilities: Sequence[str]) -> None:
-    """Build here what the actors would each wait for; they find it where the cache is shared."""
-    request = replace(request, batch_rows=config.batch.rows or GPU_ROWS)
-    for capability in capabilities:
-        try:
-            build_rtx_ahead(request, "fp32" if config.engine.precision == "fp32" else "fp16", capability)
-        except Exception as error:
-            # The actors meet it again, and the decision says so.
-            logger.warning("engine: TensorRT for RTX was not built ahead for %s: %s", capability, error)
 
 
 def check_output(config: ScoreConfig) -> None:
@@ -247,8 +260,6 @@ def _probe_nodes(output: str, probe: str) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2 or not is_local(output):
         return
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     pending = {
         node["NodeManagerHostname"] + " " + node["NodeID"][:8]: _sees.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -292,7 +303,7 @@ class FeatureWorker:
 
 
 class ScoringActor:
-    """A scoring actor: loads the predictor once, on a GPU where Ray gives it one (see `scorer.py`)."""
+    """A scoring actor: loads its engine once, on a GPU where Ray gives it one (see `scorer.py`)."""
 
     def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, told: Mapping[str, Any]) -> None:
         _set_up_worker()
@@ -301,9 +312,10 @@ class ScoringActor:
         actor = ray.get_runtime_context().get_actor_id()[:12]
         spec = FeatureSpec.from_json(spec_json)
         # Ray resolves a reference that is an argument, not one inside of them.
-        sample = ray.get(told["sample"])
+        sample = told["sample"] and ray.get(told["sample"])
+        reference = told["reference"] and partial(ray.get, told["reference"])
         names = ("num_threads", "decode", "decisions", "rows_left", "journal")
-        setup = ActorSetup(actor, sample=sample, **{name: told[name] for name in names})
+        setup = ActorSetup(actor, sample=sample, reference=reference, **{name: told[name] for name in names})
         self._scorer = Scorer(folder, spec, config, setup)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -379,6 +391,11 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
 def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     """Tables of features -> the same rows with scores."""
     pools, flow, spec_json = plan.pools, plan.flow, plan.spec.to_json()
+    sample = reference = None
+    if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
+        sample = _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode)
+        preparer = plan.preparer or _start_preparer(plan.config, plan.predictor_hash)
+        reference = preparer.reference.remote(spec_json, sample)
     return dataset.map_batches(
         ScoringActor,
         fn_constructor_kwargs={
@@ -387,7 +404,8 @@ def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFold
             "predictor_hash": plan.predictor_hash,
             "told": {
                 "num_threads": pools.num_threads,
-                "sample": _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode),
+                "sample": sample,
+                "reference": reference,
                 "decode": plan.decode,
                 "decisions": attempt.decisions_uri,
                 "journal": attempt.journal_uri("score"),

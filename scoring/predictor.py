@@ -2,7 +2,7 @@
 
 Owns everything that opens a predictor's files. Loading runs the pickles in them: `check_hash` and `refuse_unsupported`
 read bytes, JSON and YAML only and come first. `extract_spec` and `load_predictor` import AutoGluon (28 s, 1 GB) and are
-called in scoring actors or a short-lived task, never in the driver or a feature worker.
+called in the run's one `Preparer`, and in scoring actors whose engine is the network itself.
 """
 
 import hashlib
@@ -10,7 +10,10 @@ import json
 import logging
 import os
 import shutil
+import threading
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ from scoring.spec import (
     FeatureSpec,
     ImageColumn,
     ImageModel,
+    LabelScaler,
     NumericalColumn,
     Scalar,
     TextColumn,
@@ -189,6 +193,21 @@ def _spec_uri(predictor_hash: str, cache: str) -> str:
     return join(cache, "specs", f"{predictor_hash}-v{SPEC_VERSION}-{versions}.json")
 
 
+class LazyPredictor:
+    """A saved predictor, loaded when it is first called for; thread-safe. `find` gives its folder."""
+
+    def __init__(self, find: Callable[[], Path]) -> None:
+        self._find = find
+        self._lock = threading.Lock()
+        self._loaded: MultiModalPredictor | None = None
+
+    def __call__(self) -> "MultiModalPredictor":
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = load_predictor(self._find())
+        return self._loaded
+
+
 def load_predictor(folder: Path) -> "MultiModalPredictor":
     """Load with AutoGluon, on the CPU, in fp32 as saved. Runs the folder's pickles: check the hash before."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -207,9 +226,10 @@ def extract_spec(predictor: "MultiModalPredictor") -> FeatureSpec:
     columns = learner._df_preprocessor
     processors = learner._data_processors
     problem_type = learner._problem_type
+    is_regression = problem_type == "regression"
     text_models = tuple(_text_model(item, learner._save_path) for item in processors.get("text", []))
     image_processors = processors.get("image", [])
-    return FeatureSpec(
+    spec = FeatureSpec(
         label=learner._label_column,
         problem_type="multiclass" if problem_type == "classification" else problem_type,
         class_labels=_class_labels(learner),
@@ -224,7 +244,37 @@ def extract_spec(predictor: "MultiModalPredictor") -> FeatureSpec:
         text_models=text_models,
         image_models=tuple(_image_model(item) for item in image_processors),
         skip_missing=any(item.missing_value_strategy.lower() != "zero" for item in image_processors),
+        label_scaler=_label_scaler(columns.label_scaler) if is_regression else None,
+        has_sigmoid=bool(learner._model_postprocess_fn),
     )
+    return replace(spec, weights=_weights_hash(predictor, spec))
+
+
+def original_model(predictor: "MultiModalPredictor") -> Any:
+    """The predictor's own network, also after `optimize_for_inference` put an engine in its place."""
+    model = predictor._learner._model
+    return getattr(model, "original", model)
+
+
+def _weights_hash(predictor: "MultiModalPredictor", spec: FeatureSpec) -> str:
+    """sha256 over the network's weights and the feature spec: what two predictors of one shape differ in."""
+    import torch
+
+    digest = hashlib.sha256(spec.to_json().encode())
+    for name, tensor in sorted(original_model(predictor).state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _label_scaler(scaler: Any) -> LabelScaler:
+    kind = type(scaler).__name__
+    if kind == "MinMaxScaler":
+        return LabelScaler("minmax", float(scaler.scale_[0]), float(scaler.min_[0]))
+    if kind != "StandardScaler":
+        raise PredictorError(f"the label is scaled by {kind}; StandardScaler and MinMaxScaler can be undone here")
+    scale = float(scaler.scale_[0]) if scaler.with_std else None
+    return LabelScaler("standard", scale, float(scaler.mean_[0]) if scaler.with_mean else None)
 
 
 def _class_labels(learner: Any) -> tuple[Scalar, ...]:

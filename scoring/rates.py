@@ -22,7 +22,7 @@ def rate_key(request: EngineRequest, provider: str, precision: str) -> Key:
     return Key(
         "rate",
         {
-            "weights": request.weights,
+            "weights": request.spec.weights,
             **versions(),
             "engine": f"{provider}-{precision}",
             "device": device_name(CUDA) if on_gpu else f"cpu, {request.num_threads} threads",

@@ -39,10 +39,9 @@ def upstream_scores(predictor: "MultiModalPredictor", spec: FeatureSpec, raw: pa
 
 
 def _score(predictor: "MultiModalPredictor", spec: FeatureSpec, rows: "pd.DataFrame") -> Scores:
-    if spec.is_regression:
-        unit = float(predictor._learner._df_preprocessor.label_scaler.scale_[0])
+    if spec.label_scaler is not None:
         predicted = np.asarray(predictor.predict(rows, realtime=True), dtype=np.float64)
-        return (predicted / unit).astype(np.float32).reshape(-1, 1)
+        return (predicted / spec.label_scaler.unit).astype(np.float32).reshape(-1, 1)
     return np.asarray(predictor.predict_proba(rows, as_multiclass=True, realtime=True), dtype=np.float32)
 
 

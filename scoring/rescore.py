@@ -205,9 +205,8 @@ class _Rescorer:
 
     def _comparable(self, published: pa.Table) -> Scores:
         """Published scores in the reference's unit: probabilities, or standard deviations of the label."""
-        if self._spec.is_regression:
-            unit = float(self._predictor._learner._df_preprocessor.label_scaler.scale_[0])
-            return columns_of(published, ["prediction"]) / np.float32(unit)
+        if self._spec.label_scaler is not None:
+            return columns_of(published, ["prediction"]) / np.float32(self._spec.label_scaler.unit)
         return columns_of(published, [f"proba_{label}" for label in self._spec.class_labels])
 
     def _difference(self, reference: Scores, found: Scores) -> str | None:

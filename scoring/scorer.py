@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,8 @@ from scoring.journal import TIMEOUT_S, Journal
 from scoring.ledger import takes_decisions
 from scoring.meter import Meter
 from scoring.outputs import Outputs, score_fields
-from scoring.predictor import load_predictor
+from scoring.parity import Scores
+from scoring.predictor import LazyPredictor
 from scoring.reference import upstream_scores
 from scoring.sample import Sample
 from scoring.spec import FeatureSpec
@@ -52,7 +53,8 @@ _TIMED_ROWS = 2048
 class ActorSetup:
     """What an actor is told beside the predictor: its name, its cores, rows for the gate and where decisions are shared.
 
-    `sample` are rows of this run (None: random ones), `decode` says how images come. `decisions` is the folder of the run's
+    `sample` are rows of this run (None: random ones), `reference` waits for AutoGluon's own scores of them (None: the actor
+    computes them), `decode` says how images come. `decisions` is the folder of the run's
     decisions, one a kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score,
     about. `journal` is the folder of the scoring actors' journal (None: a row that kills the process kills the run), and
     `timeout_s` the longest that a window may take to be staged, and then to be scored.
@@ -61,6 +63,7 @@ class ActorSetup:
     actor: str
     num_threads: int = 1
     sample: Sample | None = None
+    reference: Callable[[], Scores] | None = None
     decode: DecodePlan = field(default_factory=DecodePlan)
     decisions: str | None = None
     rows_left: int | None = None
@@ -69,7 +72,7 @@ class ActorSetup:
 
 
 class Scorer:
-    """Loads the predictor in `folder` and scores tables with it, in micro-batches sorted by token count.
+    """Scores tables with the predictor in `folder`, in micro-batches sorted by token count.
 
     `score` may be called from several threads: while one table is in the forward, the next ones' images are prepared.
     """
@@ -78,7 +81,6 @@ class Scorer:
         start = time.perf_counter()
         self._spec = spec
         self._setup = setup
-        predictor = load_predictor(folder)
         on_gpu = has_gpu() and config.engine.provider != "cpu"
         try:
             self._staging = Staging(spec, config, setup.decode, on_gpu=on_gpu)
@@ -86,7 +88,7 @@ class Scorer:
             message = f"images.decode: {setup.decode.mode} cannot be had here: {error}. Set images.decode=exact"
             raise _refused(DecoderError(message), setup) from error
         request = EngineRequest(
-            predictor=predictor,
+            load=LazyPredictor(lambda: folder),
             spec=spec,
             cache=EngineCache(config.engine.cache),
             provider=config.engine.provider,
@@ -100,7 +102,7 @@ class Scorer:
         request = self._with_sample(request, setup.sample)
         sample_s = time.perf_counter() - start - load_s
         self._engine, self.decision = _decide(request, setup)
-        self._outputs = Outputs(predictor, spec)
+        self._outputs = Outputs(spec)
         self._forward = Forward(self._engine, self._staging, max(1, len(spec.class_labels)))
         self._lock = threading.Lock()
         journal = Journal(setup.journal, timeout_s=setup.timeout_s) if setup.journal is not None else None
@@ -120,13 +122,9 @@ class Scorer:
     def _with_sample(self, request: EngineRequest, sample: Sample | None) -> EngineRequest:
         if sample is None:
             return request
+        find_reference = self._setup.reference or (lambda: upstream_scores(request.predictor, self._spec, sample.raw))
         staged = self._staging.stage(sample.features)
-        raw = sample.raw
-        if staged.bad:  # upstream reads the same rows or none
-            rows = pa.array(np.setdiff1d(np.arange(raw.num_rows), list(staged.bad)))
-            staged, raw = self._staging.stage(sample.features.take(rows)), raw.take(rows)
         order = np.concatenate([batch.places for batch in staged.batches])
-        predictor, spec = request.predictor, self._spec
         timed = []
         if self._staging.on_gpu:
             window = pa.concat_tables([sample.features] * max(1, _TIMED_ROWS // sample.features.num_rows))
@@ -135,7 +133,7 @@ class Scorer:
             request,
             sample=[batch.complete() for batch in staged.batches],
             timed=timed,
-            reference=lambda: upstream_scores(predictor, spec, raw)[order],
+            reference=lambda: find_reference()[order],
         )
 
     def score(self, table: pa.Table) -> pa.Table:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
 
 CategoryKind = Literal["string", "number", "bool"]
 Scalar = str | int | float | bool
@@ -89,8 +89,30 @@ class ImageModel:
 
 
 @dataclass(frozen=True)
+class LabelScaler:
+    """How a regression's label was scaled: `standard` (x * scale + offset undoes it) or `minmax` ((x - offset) / scale).
+
+    None is a step that is left out.
+    """
+
+    kind: Literal["standard", "minmax"]
+    scale: float | None
+    offset: float | None
+
+    @property
+    def unit(self) -> float:
+        """What differences of the label are measured in: its standard deviation, or its range."""
+        scale = self.scale or 1.0
+        return scale if self.kind == "standard" else 1.0 / scale
+
+
+@dataclass(frozen=True)
 class FeatureSpec:
-    """A predictor's columns, models and labels. `skip_missing`: upstream drops rows whose image is null."""
+    """A predictor's columns, models and labels. `skip_missing`: upstream drops rows whose image is null.
+
+    `has_sigmoid`: upstream applies one to the logits. `weights` is a hash of the network and of all else here: what engines
+    and exported graphs are kept under.
+    """
 
     label: str
     problem_type: Literal["binary", "multiclass", "regression"]
@@ -104,6 +126,9 @@ class FeatureSpec:
     text_models: tuple[TextModel, ...]
     image_models: tuple[ImageModel, ...]
     skip_missing: bool
+    label_scaler: LabelScaler | None = None
+    has_sigmoid: bool = False
+    weights: str = ""
     version: int = SPEC_VERSION
 
     @property
@@ -149,4 +174,7 @@ class FeatureSpec:
                 for item in data["image_models"]
             ),
             skip_missing=data["skip_missing"],
+            label_scaler=LabelScaler(**data["label_scaler"]) if data["label_scaler"] else None,
+            has_sigmoid=data["has_sigmoid"],
+            weights=data["weights"],
         )

@@ -72,10 +72,9 @@ class Subject:
 
     def _upstream(self, frame: pd.DataFrame) -> Any:
         wanted = reference(self.predictor, frame)
-        if not self.spec.is_regression:
+        if self.spec.label_scaler is None:
             return wanted[[f"proba_{label}" for label in self.spec.class_labels]].to_numpy(np.float32)
-        unit = float(self.predictor._learner._df_preprocessor.label_scaler.scale_[0])
-        return (wanted[["prediction"]].to_numpy() / unit).astype(np.float32)
+        return (wanted[["prediction"]].to_numpy() / self.spec.label_scaler.unit).astype(np.float32)
 
     def request(self, **changes: Any) -> Any:
         from dataclasses import replace
@@ -83,7 +82,9 @@ class Subject:
         from scoring.engines.build import EngineRequest
         from scoring.engines.cache import EngineCache
 
-        return replace(EngineRequest(self.predictor, self.spec, EngineCache(str(self.cache)), batch_rows=64), **changes)
+        return replace(
+            EngineRequest(lambda: self.predictor, self.spec, EngineCache(str(self.cache)), batch_rows=64), **changes
+        )
 
 
 def compare_engines(subject: Subject) -> dict[str, Any]:

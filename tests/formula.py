@@ -104,6 +104,15 @@ class FormulaActor:
         return scored.append_column(_ENGINE_COLUMN, pa.repeat("formula", table.num_rows))
 
 
+class NoPreparer:
+    """In the place of the process that imports AutoGluon: a formula has no reference."""
+
+    class reference:  # noqa: N801
+        @staticmethod
+        def remote(*_: object) -> None:
+            return None
+
+
 def main(arguments: Sequence[str]) -> None:
     from jobs import score  # first: it settles how Ray starts
     from scoring.pipeline import FeatureWorker
@@ -133,7 +142,12 @@ def main(arguments: Sequence[str]) -> None:
 
     DelayedActor.__name__ = FormulaActor.__name__
     PoisonedWorker.__name__ = FeatureWorker.__name__
-    with patch("scoring.pipeline.ScoringActor", DelayedActor), patch("scoring.pipeline.FeatureWorker", PoisonedWorker):
+    # Nor does anybody import AutoGluon to check a formula.
+    with (
+        patch("scoring.pipeline.ScoringActor", DelayedActor),
+        patch("scoring.pipeline.FeatureWorker", PoisonedWorker),
+        patch("scoring.pipeline._start_preparer", lambda *_: NoPreparer),
+    ):
         score.app(args=list(arguments[end + 1 :]))
 
 

@@ -303,7 +303,7 @@ class StubEngine:
 
 
 class StubOutputs:
-    def __init__(self, predictor: Any, spec: FeatureSpec) -> None:
+    def __init__(self, spec: FeatureSpec) -> None:
         pass
 
     def columns(self, logits: Any) -> list[Any]:
@@ -317,7 +317,6 @@ class StubDecision:
 
 
 def scorer_with(engine: StubEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scorer:
-    monkeypatch.setattr(scorer, "load_predictor", lambda folder: None)
     monkeypatch.setattr(scorer, "has_gpu", lambda: False)
     monkeypatch.setattr(scorer, "_decide", lambda request, setup: (engine, StubDecision()))
     monkeypatch.setattr(scorer, "Outputs", StubOutputs)

@@ -62,7 +62,7 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
     assert sum(run.lines.final_rows.values()) == 300, f"the actor's last line counts every row: {run.lines}"
     assert set(run.lines.final_rows) == run.lines.loaded
     assert len(run.lines.loaded) == 1
-    assert "provider=torch rows=" in run.log, "and it reaches the driver's log"
+    assert "provider=cpu rows=" in run.log, "and it reaches the driver's log"
     plans = list((run.cache / "engines" / "rtx").glob("*/engine.plan"))
     assert len(plans) == 1, "the engine for the cluster's L4 is built where the spec is extracted"
     assert published.manifest["images"] == {
@@ -81,15 +81,15 @@ def test_every_row_of_parquet_csv_and_hive_is_scored_once_and_like_the_reference
 
 
 def check_decision(published: Published) -> None:
-    """One decision, on torch: 300 rows do not pay an export."""
+    """One decision, on ONNX Runtime: 300 rows do not pay the import of AutoGluon into an actor."""
     assert set(published.manifest["engine"]["decisions"]) == {"cpu"}
     decision = published.manifest["engine"]["decisions"]["cpu"]
-    assert decision["provider"] == "torch"
+    assert decision["provider"] == "cpu"
     assert decision["reference"] == "predict_proba(realtime=True) in fp32"
     parity = decision["rungs"][0]["parity"]
     assert parity["rows"] >= 60
     assert parity["max_abs_diff"] <= 1e-5
-    assert {rung["provider"]: rung["outcome"] for rung in decision["rungs"]} == {"torch": "used", "cpu": "skipped"}
+    assert {rung["provider"]: rung["outcome"] for rung in decision["rungs"]} == {"cpu": "used", "torch": "skipped"}
 
 
 def check_like_reference(published: Published, reference: pd.DataFrame) -> None:

@@ -10,6 +10,7 @@ from scoring.spec import (
     FeatureSpec,
     ImageColumn,
     ImageModel,
+    LabelScaler,
     NumericalColumn,
     TextColumn,
     TextModel,
@@ -51,6 +52,9 @@ SPEC = FeatureSpec(
         ImageModel("timm_image", 224, (0.485, 0.456, 0.406), (0.229, 0.1 + 0.2, 0.225), ("resize_to_square",), 2),
     ),
     skip_missing=True,
+    label_scaler=LabelScaler("standard", 0.1 + 0.2, None),
+    has_sigmoid=True,
+    weights="abc",
 )
 
 
@@ -65,18 +69,18 @@ def test_json_round_trip_is_exact() -> None:
 
 def test_json_is_plain_data() -> None:
     document = json.loads(SPEC.to_json())
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert document["numerical"][0] == {"name": "n", "fill": 0.1, "mean": 0.3333333333333333, "scale": 5e-324}
     assert document["categorical"][1]["values"] == [1, 2.5, 1e-07]
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_version_is_refused(version: object) -> None:
     document = {**json.loads(SPEC.to_json()), "version": version}
-    with pytest.raises(ValueError, match=f"^feature spec version {version} is not 1$"):
+    with pytest.raises(ValueError, match=f"^feature spec version {version} is not 2$"):
         FeatureSpec.from_json(json.dumps(document))
     del document["version"]
-    with pytest.raises(ValueError, match=r"^feature spec version None is not 1$"):
+    with pytest.raises(ValueError, match=r"^feature spec version None is not 2$"):
         FeatureSpec.from_json(json.dumps(document))
 
 

@@ -46,6 +46,7 @@ def test_the_gates_reference_is_upstream_on_the_samples_own_cells(
     name: str, comparisons: dict[str, Comparison]
 ) -> None:
     assert comparisons[name].sample_diff <= 1e-5
+    assert comparisons[name].outputs_differing == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

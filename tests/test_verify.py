@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from jobs.verify import app
 from scoring.config import load_config, resolved_yaml
 from scoring.predictor import hash_predictor
 from scoring.recount import verify_files
-from scoring.spec import FeatureSpec, ImageColumn, ImageModel, NumericalColumn
+from scoring.spec import FeatureSpec, ImageColumn, ImageModel, LabelScaler, NumericalColumn
 from scoring.storage import remove_tree, write_bytes
 from scoring.verify import find_run
 from tests.conftest import REPOSITORY, Run
@@ -600,13 +599,13 @@ SPEC = FeatureSpec(
     image_models=(),
     skip_missing=False,
 )
-REGRESSION = replace(SPEC, problem_type="regression", class_labels=())
+UNIT = 10.0
+REGRESSION = replace(SPEC, problem_type="regression", class_labels=(), label_scaler=LabelScaler("standard", UNIT, None))
 WITH_PHOTO = replace(
     SPEC,
     image=(ImageColumn("photo", "image_path"),),
     image_models=(ImageModel("timm_image", 8, (0.0,) * 3, (1.0,) * 3, ("resize_to_square",), 1),),
 )
-UNIT = 10.0
 
 
 @dataclass
@@ -630,9 +629,7 @@ class FakeUpstream:
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> FakeUpstream:
     fake = FakeUpstream()
-    scaler = SimpleNamespace(label_scaler=SimpleNamespace(scale_=[UNIT]))
-    predictor = SimpleNamespace(_learner=SimpleNamespace(_df_preprocessor=scaler))
-    monkeypatch.setattr("scoring.rescore.load_predictor", lambda folder: predictor)
+    monkeypatch.setattr("scoring.rescore.load_predictor", lambda folder: None)
     monkeypatch.setattr("scoring.rescore.extract_spec", lambda predictor: SPEC)
     monkeypatch.setattr("scoring.reference.upstream_scores", fake.scores)
     return fake

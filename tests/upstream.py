@@ -34,6 +34,7 @@ class Comparison:
     """One predictor's figures. `max_abs_diff` by batch size; regression in standard deviations of the label.
 
     `sample_diff` is the gate's own comparison: a sample of the input by both, upstream's from cells and files.
+    `outputs_differing` counts values that our post-processing of random logits does not share with upstream's, bit for bit.
     `features` maps an upstream batch key to the largest difference from ours, nan where shapes or dtypes differ.
     """
 
@@ -43,6 +44,7 @@ class Comparison:
     max_abs_diff: dict[str, float]
     label_flips: int
     sample_diff: float
+    outputs_differing: int
     features: dict[str, float]
     quarantined: list[str]
 
@@ -101,7 +103,7 @@ def compare_one(predictor_path: Path, rows: Path) -> Comparison:
         "256": scorer.score(usable),
         "1": pa.concat_tables([scorer.score(usable.slice(row, 1)) for row in range(usable.num_rows)]),
     }
-    unit = float(predictor._learner._df_preprocessor.label_scaler.scale_[0]) if spec.is_regression else 1.0
+    unit = spec.label_scaler.unit if spec.label_scaler else 1.0
     numbers = ["prediction"] if spec.is_regression else [f"proba_{label}" for label in spec.class_labels]
     return Comparison(
         rows=len(frame),
@@ -115,6 +117,7 @@ def compare_one(predictor_path: Path, rows: Path) -> Comparison:
         if spec.is_regression
         else int((scores["256"]["prediction"].to_pandas() != wanted["prediction"]).sum()),
         sample_diff=compare_sample(predictor, spec, config),
+        outputs_differing=compare_outputs(predictor, spec),
         features=compare_features(predictor, spec, usable, frame),
         quarantined=[reason for reason in features["reason"].to_pylist() if reason is not None],
     )
@@ -135,10 +138,29 @@ def compare_sample(predictor: Any, spec: FeatureSpec, config: ScoreConfig) -> fl
     engine = TorchEngine(predictor, spec, "fp32", use_gpu=False, num_threads=1)
     (batch,) = micro_batches(sample.features, spec, max_rows=sample.features.num_rows, shapes=None)
     places, arrays = batch
-    found = Outputs(predictor, spec).comparable(engine.forward(arrays))
+    found = Outputs(spec).comparable(engine.forward(arrays))
     parity = compare_scores(upstream_scores(predictor, spec, sample.raw)[places], found)
     assert parity.rows == sample.raw.num_rows >= 32
     return parity.max_abs_diff
+
+
+def compare_outputs(predictor: Any, spec: FeatureSpec) -> int:
+    """Our post-processing against upstream's functions on the same logits: how many values differ."""
+    import torch
+    from autogluon.multimodal.utils.misc import logits_to_prob
+
+    from scoring.outputs import Outputs
+
+    learner, width = predictor._learner, max(1, len(spec.class_labels))
+    logits = (4 * np.random.default_rng(0).normal(size=(500, width))).astype(np.float32)
+    ours = Outputs(spec).columns(logits)
+    if learner._model_postprocess_fn:
+        output = {learner._model.prefix: {"logits": torch.from_numpy(logits)}}
+        logits = learner._model_postprocess_fn(output)[learner._model.prefix]["logits"].numpy()
+    theirs = [np.asarray(learner._df_preprocessor.transform_prediction(y_pred=logits.copy())).reshape(-1)]
+    if not spec.is_regression:
+        theirs = [*logits_to_prob(logits).T, *theirs]
+    return sum(int((np.asarray(mine) != wanted).sum()) for mine, wanted in zip(ours, theirs, strict=True))
 
 
 def reference(predictor: Any, frame: pd.DataFrame) -> pd.DataFrame:

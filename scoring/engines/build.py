@@ -5,15 +5,13 @@ Owns the request an engine is built for, the cache keys and the providers' preco
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from scoring.decision import describe_error
-from scoring.engines.base import Engine, EngineUnavailable, Shapes
+from scoring.engines.base import Engine, EngineUnavailable, Shapes, num_rows
 from scoring.engines.cache import EngineCache, Key
 from scoring.export import EXPORT_VERSION, AttentionShape, Target, export_onnx, optimize_graph
 from scoring.flat import BatchArrays, Precision, synthetic_arrays
@@ -45,7 +43,9 @@ class EngineRequest:
     this device (None: unknown, and any build pays).
     """
 
-    predictor: "MultiModalPredictor"
+    load: "Callable[[], MultiModalPredictor]"
+    """Gives the predictor to whoever needs it: importing AutoGluon takes 20 to 30 s, and an engine that is in the cache does
+    without."""
     spec: FeatureSpec
     cache: EngineCache
     provider: str = "auto"
@@ -62,14 +62,20 @@ class EngineRequest:
     provider_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """ONNX Runtime options by provider (`cuda`, `tensorrt`), over ours."""
 
-    @cached_property
-    def weights(self) -> str:
-        """See `weights_hash`."""
-        return weights_hash(self.predictor, self.spec)
+    @property
+    def predictor(self) -> "MultiModalPredictor":
+        """The predictor, loaded now if it was not before."""
+        return self.load()
 
     @property
     def shapes(self) -> Shapes:
         return Shapes.of(self.spec, self.batch_rows)
+
+    def head(self) -> "EngineRequest":
+        """The same with the sample's first batch alone."""
+        rows, reference = sum(map(num_rows, self.sample[:1])), self.reference
+        first = None if reference is None else lambda: reference()[:rows]
+        return replace(self, sample=self.sample[:1], reference=first)
 
 
 def has_gpu() -> bool:
@@ -85,10 +91,7 @@ def synthetic_sample(request: EngineRequest) -> list[BatchArrays]:
     steps = [step for step in request.shapes.tokens if step <= 256] or [
         request.shapes.tokens[0] if request.shapes.tokens else 0
     ]
-    return [
-        synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=tokens, seed=i)
-        for i, tokens in enumerate(steps)
-    ]
+    return [synthetic_arrays(request.spec, rows=rows, tokens=tokens, seed=i) for i, tokens in enumerate(steps)]
 
 
 def build_engine(request: EngineRequest, provider: str, precision: Precision) -> tuple[Engine, float]:
@@ -119,7 +122,7 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
     _need_gpu("cuda")
     graph = build_graph(request, precision, "onnxruntime")
     rows, tokens = request.shapes.rows[-1], min(request.shapes.tokens, default=0)
-    batch = synthetic_arrays(request.predictor, request.spec, rows=rows, tokens=tokens)
+    batch = synthetic_arrays(request.spec, rows=rows, tokens=tokens)
     for options in cuda_options(precision, request.rows_left):
         engine = OnnxGpuEngine(
             graph,
@@ -261,26 +264,25 @@ def _graph_key(request: EngineRequest, precision: Precision, runs_on: Target) ->
 
 
 def _export_parts(request: EngineRequest) -> dict[str, str]:
-    names = ("torch", "transformers", "timm", "autogluon.multimodal", "onnx")
-    versions_of = {name: _package(name) for name in names}
-    return {"weights": request.weights, "export": str(EXPORT_VERSION), **versions_of}
+    parts = {"weights": request.spec.weights, "export": str(EXPORT_VERSION), "onnx": _package("onnx")}
+    return {**parts, **library_versions()}
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries that a network is made of."""
+    return {name: _package(name) for name in ("torch", "transformers", "timm", "autogluon.multimodal")}
 
 
 def versions() -> dict[str, str]:
     """What an engine's rate depends on beside its network: the form of our graphs and the libraries that run them."""
-    names = ("torch", "transformers", "timm", "autogluon.multimodal")
-    return {
-        "export": str(EXPORT_VERSION),
-        "onnxruntime": _onnxruntime_version(),
-        **{name: _package(name) for name in names},
-    }
+    return {"export": str(EXPORT_VERSION), "onnxruntime": _onnxruntime_version(), **library_versions()}
 
 
 def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, library: str, device: str) -> Key:
     return Key(
         kind,
         {
-            "weights": request.weights,
+            "weights": request.spec.weights,
             "export": str(EXPORT_VERSION),
             "precision": precision,
             "library": library,
@@ -304,28 +306,6 @@ def _onnxruntime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def weights_hash(predictor: "MultiModalPredictor", spec: FeatureSpec) -> str:
-    """sha256 over the network's weights and the feature spec: what two predictors of one shape differ in."""
-    model = original_model(predictor)
-    digest = hashlib.sha256(spec.to_json().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(_bytes_type()).numpy().data)
-    return digest.hexdigest()
-
-
-def _bytes_type() -> Any:
-    import torch
-
-    return torch.uint8
-
-
-def original_model(predictor: "MultiModalPredictor") -> Any:
-    """The predictor's own network, also after `optimize_for_inference` put an engine in its place."""
-    model = predictor._learner._model
-    return getattr(model, "original", model)
-
-
 def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
     """The compiled torch engine; one process a machine compiles, the others find its kernels in inductor's cache."""
     from scoring.engines.torch_engine import CompiledEngine
@@ -333,5 +313,5 @@ def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
     folder = request.cache.local / "inductor"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    with FileLock(folder / f"{request.weights[:16]}-{precision}.lock"):
+    with FileLock(folder / f"{request.spec.weights[:16]}-{precision}.lock"):
         return CompiledEngine(request.predictor, request.spec, precision, request.shapes)

@@ -150,9 +150,7 @@ class CompiledEngine(GpuEngine):
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._compiled = torch.compile(self._model)
-        arrays = synthetic_arrays(
-            predictor, spec, rows=shapes.rows[-1], tokens=shapes.tokens[-1] if shapes.tokens else 0
-        )
+        arrays = synthetic_arrays(spec, rows=shapes.rows[-1], tokens=shapes.tokens[-1] if shapes.tokens else 0)
         tensors = [to_tensor(arrays[name], CUDA) for name in self._names]
         # Rows and tokens alone are free: with dynamic=True the pixels' height and width would be too (30 % slower).
         for item, tensor in zip(describe_inputs(spec), tensors, strict=True):
