@@ -114,7 +114,7 @@ def alike(
     """A host batch in groups in which torch gives a row the same bits whatever rows are beside it: their places, and arrays.
 
     `max_tokens` is the longest text of each text model, by prefix. A group has a multiple of 16 rows, more than its places:
-    the last one repeated. Products end in other kernels where rows are no such multiple (39 of 200 rows of ELECTRA differed,
+    the last one repeated. Products end in other kernels where rows are no such multiple (38 of 200 rows of ELECTRA differed,
     by up to 5e-7), and softmax where tokens are none (9 of 200). Beyond 256 tokens (AVX2; 384 with AVX-512) sums over tokens
     are cut at a share of the padded length, so that these rows are only with those of the same one, as they are where
     the longest text is no multiple of 16. Rows of another number of images are apart.

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 CUDA = "cuda:0"
 # MKL reads it at its first product, and then adds up alike wherever a row stands: with AVX2 50 of 320 rows still differed
-# between batches without it, though they were padded alike (`alike`); with AVX-512 none did. No slower.
+# between batches without it, though they were padded alike (`alike`); with AVX-512 none did.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
