@@ -4,7 +4,7 @@
 
 The parts: `compare_engines` (a predictor on every engine here, against the fp32 network on its own rows), `run_tutorial` (the
 TensorRT tutorial's flow), `deploy` (upstream's deployment test, re-expressed), `build_ahead` (TensorRT for RTX without a
-GPU), `share_cache`, `mistrust` (a deliberately wrong engine) and `start_together`.
+GPU), `share_cache`, `mistrust` (a deliberately wrong engine), `start_together` and `cut_anew` (a row in other batches).
 """
 
 import json
@@ -58,17 +58,22 @@ class Subject:
         from scoring.collate import micro_batches
         from scoring.engines.build import has_gpu
 
-        features = build_features(self.spec, self.rows_path)
-        is_good = [reason is None for reason in features["reason"].to_pylist()]
+        good, is_good = self.good_features()
         # On two cores an image costs 10 ms an engine.
-        count = sum(is_good) if has_gpu() else CPU_ROWS
-        good = features.filter(pa.array(is_good)).slice(0, count)
+        count = good.num_rows if has_gpu() else CPU_ROWS
+        good = good.slice(0, count)
         batches = list(micro_batches(good, self.spec, max_rows, self.request().shapes))
         scores = None
         if with_reference:
             order = np.concatenate([places for places, _ in batches])
             scores = self._upstream(self.rows[np.array(is_good)].head(count).reset_index(drop=True))[order]
         return [arrays for _, arrays in batches], scores
+
+    def good_features(self) -> tuple[pa.Table, list[bool]]:
+        """Features of the rows that have them, and which rows those are."""
+        features = build_features(self.spec, self.rows_path)
+        is_good = [reason is None for reason in features["reason"].to_pylist()]
+        return features.filter(pa.array(is_good)), is_good
 
     def _upstream(self, frame: pd.DataFrame) -> Any:
         wanted = reference(self.predictor, frame)
@@ -303,6 +308,46 @@ def start_together(subject: Subject, count: int = 8) -> dict[str, Any]:
     return {"first": results[0], "second": results[1]}
 
 
+def cut_anew(subject: Subject) -> dict[str, Any]:
+    """{engine: rows whose logits are not the same bits in every random cut of the rows into batches, and the spread}."""
+    from scoring.collate import collate
+    from scoring.engines.build import build_graph
+    from scoring.engines.onnx_engine import OnnxCpuEngine
+    from scoring.engines.torch_engine import TorchEngine
+
+    num_rows, cuts = (40, 3) if subject.spec.image else (300, 6)  # images cost 10 ms and more
+    table = subject.good_features()[0].slice(0, num_rows)
+    graph = build_graph(subject.request(), "fp32", "onnxruntime")
+    ways: dict[str, Callable[[], Any]] = {
+        "torch": lambda: TorchEngine(subject.predictor, subject.spec, "fp32", use_gpu=False, num_threads=2),
+        "cpu": lambda: OnnxCpuEngine(graph, 2),
+    }
+    found: dict[str, Any] = {}
+    for name, build in ways.items():
+        engine, rng, rounds = build(), np.random.default_rng(0), []
+        for _ in range(cuts):
+            order = rng.permutation(table.num_rows)
+            # Half of the batches are of a few rows; the last one is of any size.
+            few, many = rng.integers(1, 5, len(order)), rng.integers(5, 65, len(order))
+            ends = np.cumsum(np.where(rng.random(len(order)) < 0.5, few, many))
+            logits = np.concatenate(
+                [
+                    engine.forward(collate(table.take(pa.array(places)), subject.spec))
+                    for places in np.split(order, ends)
+                    if len(places)
+                ]
+            )
+            rounds.append(logits[np.argsort(order)])
+        engine.close()
+        differs = np.any([(logits != rounds[0]).any(axis=1) for logits in rounds], axis=0)
+        found[name] = {
+            "differ": int(differs.sum()),
+            "rows": table.num_rows,
+            "spread": float(rounds[0].std(axis=0).max()),
+        }
+    return found
+
+
 class _Recorder(logging.Handler):
     def __init__(self, built: list[str]) -> None:
         super().__init__(logging.INFO)
@@ -321,6 +366,7 @@ PARTS: dict[str, Callable[[Subject], Any]] = {
     "build_ahead": build_ahead,
     "mistrust": mistrust,
     "start_together": start_together,
+    "cut_anew": cut_anew,
     "share_cache": lambda subject: share_cache([subject]),
 }
 

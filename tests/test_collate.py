@@ -1,10 +1,12 @@
-"""How rows are cut into micro-batches: every row once, shapes that engines have, little padding."""
+"""How rows are cut into micro-batches and batches padded: every row once, shapes that engines have, little padding."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 
 from scoring.collate import cut
-from scoring.engines.base import Shapes
+from scoring.engines.base import Shapes, alike
 
 SHAPES = Shapes((32, 64, 128, 256, 512), (32, 48, 64, 96, 128, 192, 256, 384, 512))
 BUDGET = 512 * 128
@@ -55,3 +57,43 @@ def test_a_budget_below_the_smallest_shape_does_not_pad_single_rows_to_it() -> N
 def test_without_texts_rows_are_cut_at_the_largest_batch() -> None:
     shapes = Shapes((64, 128), ())
     assert list(cut(np.zeros(300, dtype=np.int64), 128, shapes, None)) == [(0, 128), (128, 256), (256, 300)]
+
+
+def text_and_images(tokens: list[int], images: list[int]) -> dict[str, np.ndarray[Any, Any]]:
+    """A batch of rows so long and with so many images, as `collate` makes it; every value but padding is not 0."""
+    widths, places = np.arange(max(tokens)), np.arange(max(images))
+    ids = (widths < np.array(tokens)[:, None]).astype(np.int32) * (np.arange(len(tokens))[:, None] + 1)
+    pixels = np.zeros((len(tokens), max(images), 2, 2, 3), dtype=np.uint8)
+    pixels[places < np.array(images)[:, None]] = 9
+    return {
+        "text:token_ids": ids,
+        "text:segment_ids": np.zeros_like(ids),
+        "text:valid_length": np.array(tokens),
+        "image:pixels": pixels,
+        "image:image_num": np.array(images),
+    }
+
+
+def test_rows_that_torch_would_add_up_otherwise_are_in_groups_of_their_own_and_lose_nothing() -> None:
+    tokens, images = [300, 20, 500, 5, 256, 390, 60], [1, 1, 1, 2, 1, 1, 1]
+    batch = text_and_images(tokens, images)
+    found = list(alike(batch, {"text": 500}))
+    by_rows = {tuple(places.tolist()): group["text:token_ids"].shape for places, group in found}
+    # 500 tokens at most are no multiple of 128, 16 or 8: that is a padded length of its own.
+    assert by_rows == {(0,): (16, 384), (1, 4, 6): (16, 256), (2, 5): (16, 500), (3,): (16, 16)}
+    for places, group in found:
+        assert group["image:pixels"].shape[:2] == (16, images[places[0]])
+        for name in ("text:valid_length", "image:image_num"):
+            assert (group[name][: len(places)] == batch[name][places]).all()
+        for name in ("text:token_ids", "image:pixels"):
+            own, wide = group[name][: len(places)], batch[name][places]
+            width = min(own.shape[1], wide.shape[1])
+            assert (own[:, :width] == wide[:, :width]).all()
+            assert own[:, width:].sum() == wide[:, width:].sum() == 0, "what was cut off or added is padding"
+
+
+def test_a_groups_shape_does_not_hang_on_how_wide_the_batch_was() -> None:
+    rows = text_and_images([30, 17, 300], [1, 1, 2])
+    (_, alone), _ = alike(rows, {"text": 512})
+    ((_, narrow),) = alike(text_and_images([30, 17], [1, 1]), {"text": 512})
+    assert {name: array.shape for name, array in alone.items()} == {name: array.shape for name, array in narrow.items()}

@@ -23,6 +23,8 @@ COMPARED = (
     "image_only",
     "ft_transformer",
 )
+# Numbers and categories, texts of 2 to 512 tokens, one image a row and two.
+CUT_ANEW = ("ft_transformer", "text_only", "preset_fusion", "multiclass_fusion")
 FP32_LIMIT = 1e-4
 FP16_LIMIT = 5e-3
 
@@ -34,6 +36,8 @@ def figures(zoo: Mapping[str, Predictor], tmp_path_factory: pytest.TempPathFacto
     parts = {name: ["compare_engines"] for name in COMPARED}
     parts["binary_fusion"] += ["run_tutorial", "deploy", "build_ahead", "mistrust", "share_cache", "start_together"]
     parts["preset_fusion"] += ["build_ahead"]
+    for name in CUT_ANEW:
+        parts[name] += ["cut_anew"]
     jobs = [(name, zoo[name].path, zoo[name].rows, parts[name]) for name in COMPARED]
     return engines.run(folder / "figures.json", folder / "cache", jobs)
 
@@ -57,6 +61,17 @@ def test_every_engine_equals_the_reference_on_the_predictors_own_rows(name: str,
     rungs = found["engines"]["auto"]["rungs"]
     assert [rung.split()[0] for rung in rungs] == ["torch-fp32", "cpu-fp32"], "the ladder names every rung"
     assert sum(" used" in rung for rung in rungs) == 1
+
+
+@pytest.mark.parametrize("name", CUT_ANEW)
+def test_on_the_cpu_a_row_has_the_same_logits_bit_for_bit_in_every_batch(name: str, figures: Mapping[str, Any]) -> None:
+    found = figures["cut_anew"][name]
+    print(f"{name}: {found}")
+    assert set(found) == {"torch", "cpu"}
+    for engine in found.values():
+        assert engine["rows"] >= 40
+        assert engine["spread"] > 1e-3, "constant logits would prove nothing"
+        assert engine["differ"] == 0
 
 
 def test_the_tutorial_runs_as_written_with_categorical_columns(figures: Mapping[str, Any]) -> None:
