@@ -86,7 +86,7 @@ class Plan:
     done: Mapping[int, Sequence[Range]] = field(default_factory=dict)
     """Rows of the inputs' shards, by shard, that earlier attempts have accounted for."""
     preparer: Any = None
-    """The run's `PreparerActor`, if it has one already."""
+    """The `PreparerActor` that has extracted the spec, if one had to."""
 
 
 @dataclass
@@ -140,8 +140,6 @@ def prepare(
     with timings.phase("ray_init_s"):
         start_ray()
     pools = size_pools(config, _nodes())
-    if preparer is not None:  # it has AutoGluon in hand: the actors would each import it for that
-        preparer.build.remote(spec.to_json(), for_gpu=pools.gpus_per_actor > 0, rtx_capabilities=_rtx_capabilities())
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
     rows = inputs.estimated_rows if inputs.has_exact_rows else None
@@ -391,6 +389,8 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
 def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     """Tables of features -> the same rows with scores."""
     pools, flow, spec_json = plan.pools, plan.flow, plan.spec.to_json()
+    if plan.preparer is not None:  # it has AutoGluon in hand, which the actors would have to import
+        plan.preparer.build.remote(spec_json, for_gpu=pools.gpus_per_actor > 0, rtx_capabilities=_rtx_capabilities())
     sample = reference = None
     if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
         sample = _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode)

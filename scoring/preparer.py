@@ -7,6 +7,7 @@ inside: `pipeline.py` makes it an actor.
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from scoring.staging import GPU_ROWS
 logger = logging.getLogger(__name__)
 
 _FILE = "scores.npy"
+_MAX_THREADS = 8
 
 
 class Preparer:
@@ -67,7 +69,12 @@ class Preparer:
         key = reference_key(spec, sample)
 
         def compute(folder: Path) -> None:
-            np.save(folder / _FILE, upstream_scores(self._load(), spec, sample.raw))
+            predictor = self._load()
+            import torch
+
+            # Ray gives its workers one; half of the cores are idle as long as the engines are not there.
+            torch.set_num_threads(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
+            np.save(folder / _FILE, upstream_scores(predictor, spec, sample.raw))
 
         scores: Scores = np.load(self._cache.get(key, compute) / _FILE)
         return scores
