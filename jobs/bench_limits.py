@@ -56,7 +56,7 @@ def measure_forward_limit(
         batch_rows=_GPU_ROWS if has_gpu() else _CPU_ROWS,
         num_threads=os.cpu_count() or 1,
     )
-    engine, name = _build(request, used)
+    engine, name = build_used(request, used)
     steps = count_steps(rows, spec, request.shapes)
     measured = {tokens: _forward_rate(engine, request, tokens, quick=quick) for tokens in sorted(steps)}
     engine.close()
@@ -65,7 +65,8 @@ def measure_forward_limit(
     return {"rows": sum(steps.values()), "rows_per_s": round(limit, 1), "engine": name, "by_tokens": by_tokens}
 
 
-def _build(request: Any, used: Sequence[str]) -> tuple[Any, str]:
+def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
+    """The engine that a part names, the compiled one if it is among several; and its name."""
     from scoring.engines.build import build_compiled, build_engine, has_gpu
 
     # A part names every engine that scored it, as provider-precision-device.

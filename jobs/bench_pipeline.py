@@ -176,6 +176,15 @@ def _measure_few_cores(bench: Bench) -> Entry:
     return measure_score(job, 1, warm_up=False)
 
 
+def _measure_profile(bench: Bench) -> Entry:
+    """The scoring actor's halves, and what they ask of the GPU."""
+    from jobs.bench_peers import load
+    from jobs.bench_profile import measure_profile
+
+    used = [name for entry in ours(bench.parts).values() for name in entry["engine"]]
+    return measure_profile(bench.job({"images.decode": "gpu"}), load(bench.seed_predictor), used)
+
+
 PARTS: Mapping[str, Callable[[Bench], Entry]] = {
     "A": _measure_a,
     "A+": _measure_a_plus,
@@ -183,6 +192,7 @@ PARTS: Mapping[str, Callable[[Bench], Entry]] = {
     **{f"D-{decode}": _measure_ours(decode) for decode in _DECODES},
     "L": _measure_l,
     "P": _measure_p,
+    "profile": _measure_profile,
     "few-cores": _measure_few_cores,
     "text": _measure_text,
     "bad": _measure_bad,

@@ -17,6 +17,7 @@ from jobs import bench_flow, bench_pipeline, score
 from jobs.bench_data import GROUP_ROWS, Recipe, make_cut, repeat_cut
 from jobs.bench_document import failures, open_document, ratios
 from jobs.bench_pipeline import LEVERS, chosen_parts
+from jobs.bench_profile import summarize
 from jobs.bench_score import ScoreJob
 from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
 from jobs.bench_setup import Bench, Request
@@ -328,3 +329,27 @@ time.sleep(float(sys.argv[2]))
     stopped = watch([*command, "600"], tmp_path / "other", timeout_s=4, environment={})
     assert stopped.code != 0
     assert stopped.wall_s < 30
+
+
+def test_a_trace_says_how_busy_the_gpu_was_and_what_a_window_asks_of_it() -> None:
+    def event(category: str, name: str, start: float, length: float) -> dict[str, Any]:
+        return {"cat": category, "name": name, "ts": start, "dur": length}
+
+    events: list[dict[str, Any]] = [
+        event("kernel", "conv", 0, 4_000),
+        event("kernel", "resize", 3_000, 2_000),  # beside the other
+        event("gpu_memcpy", "HtoD", 8_000, 2_000),
+        event("cuda_runtime", "cudaLaunchKernel", 0, 100),
+        event("cuda_runtime", "cudaLaunchKernel", 50, 300),
+        event("cpu_op", "aten::add", 0, 9_999),
+        {"name": "a process' name", "ph": "M"},
+    ]
+    found = summarize(events, windows=2)
+    assert found["gpu_busy_pct"] == 70.0, "5 of 10 ms in kernels, two at once count once, and 2 of copies"
+    assert found["kernels"][:3] == [
+        {"name": "conv", "count": 0.5, "ms": 2.0},
+        {"name": "resize", "count": 0.5, "ms": 1.0},
+        {"name": "HtoD", "count": 0.5, "ms": 1.0},
+    ]
+    assert found["calls"][0] == {"name": "cudaLaunchKernel", "count": 1.0, "ms": 0.2}
+    assert summarize([], windows=1)["gpu_busy_pct"] is None
