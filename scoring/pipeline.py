@@ -1,6 +1,7 @@
 """The run: prepares the plan, wires read -> features -> score -> write, and publishes what the ledger adds up to.
 
-Owns the order of things and the sizes of the pools. Every step is another module's; Ray is started by `jobs/`.
+Owns the order of things and the sizes of the pools. Every step is another module's; Ray is started by `jobs/`. Ray Data (3 s to
+import) is imported where rows begin to flow: Ray starts meanwhile, and the preparer does without.
 """
 
 import json
@@ -13,12 +14,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
-from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scoring.accounts import Range
@@ -47,11 +46,12 @@ from scoring.retry import retry_fingerprint
 from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import BadFile, InputPlan, inspect_all, inspect_files, list_inputs, plan_inputs
-from scoring.sink import PartSink
 from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, size_flow, size_pools
-from scoring.source import ShardSource
 from scoring.spec import FeatureSpec
 from scoring.storage import is_local, join, redact, remove_tree, write_bytes
+
+if TYPE_CHECKING:
+    import ray.data
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _start_preparer(config: ScoreConfig, predictor_hash: str) -> Any:
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: -node["Resources"].get("GPU", 0.0))
     there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=True)
     # No CPU is asked for: the pools promise all of them, and it works while they start.
-    kind = ray.remote(PreparerActor).options(num_cpus=0, max_concurrency=2, scheduling_strategy=there)
+    kind = ray.remote(PreparerActor).options(num_cpus=0, scheduling_strategy=there)
     return kind.remote(config, predictor_hash)
 
 
@@ -342,6 +342,11 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     """
     logger.info("run %s: attempt %s, %s, %s, %s", plan.run.run_id, attempt.attempt, plan.pools, plan.flow, plan.decode)
     write_bytes(join(attempt.decisions_uri, f"{IMAGES}.json"), json.dumps(asdict(plan.decode)).encode())
+    from ray.data import DataContext
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    from scoring.sink import PartSink
+
     dataset = score_features(read_features(plan, attempt), plan, attempt)
     # Where the rows are not known before they are read, only the end tells whether too many are bad.
     limit = None if plan.total_rows is None else (plan.total_rows, plan.config.quarantine.max_fraction)
@@ -363,6 +368,10 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
 
 def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     """The plan's rows as tables of features: everything before the scoring actors."""
+    from ray.data import ActorPoolStrategy, DataContext
+
+    from scoring.source import ShardSource
+
     context = DataContext.get_current()
     context.target_max_block_size = plan.flow.block_bytes
     context.wait_for_min_actors_s = -1
@@ -388,6 +397,8 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
 
 def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     """Tables of features -> the same rows with scores."""
+    from ray.data import ActorPoolStrategy
+
     pools, flow, spec_json = plan.pools, plan.flow, plan.spec.to_json()
     if plan.preparer is not None:  # it has AutoGluon in hand, which the actors would have to import
         plan.preparer.build.remote(spec_json, for_gpu=pools.gpus_per_actor > 0, rtx_capabilities=_rtx_capabilities())

@@ -33,7 +33,7 @@ _MAX_THREADS = 8
 
 
 class Preparer:
-    """Loads the predictor when a method first needs it. Methods may be called from two threads."""
+    """Loads the predictor when a method first needs it. One method at a time: an export changes torch's state for all."""
 
     def __init__(self, config: ScoreConfig, predictor_hash: str) -> None:
         self._config = config
