@@ -312,6 +312,7 @@ class ScoringActor:
         # Ray resolves a reference that is an argument, not one inside of them.
         sample = told["sample"] and ray.get(told["sample"])
         reference = told["reference"] and partial(ray.get, told["reference"])
+        _wait_for(told["built"])
         names = ("num_threads", "decode", "decisions", "rows_left", "journal")
         setup = ActorSetup(actor, sample=sample, reference=reference, **{name: told[name] for name in names})
         self._scorer = Scorer(folder, spec, config, setup)
@@ -323,6 +324,16 @@ class ScoringActor:
         # Ray Data deletes the instance when the pool shuts down; a constructor that failed has no scorer.
         if hasattr(self, "_scorer"):
             self._scorer.close()
+
+
+def _wait_for(built: Any) -> None:
+    """Until the preparer has built what it can: the actor would import AutoGluon itself for what is not there yet."""
+    if built is None:
+        return
+    try:
+        ray.get(built)
+    except ray.exceptions.RayError as error:
+        logger.warning("engine: nothing was built ahead, as its process ended: %s", error)
 
 
 def _set_up_worker() -> None:
@@ -400,12 +411,12 @@ def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFold
     from ray.data import ActorPoolStrategy
 
     pools, flow, spec_json = plan.pools, plan.flow, plan.spec.to_json()
-    if plan.preparer is not None:  # it has AutoGluon in hand, which the actors would have to import
-        plan.preparer.build.remote(spec_json, for_gpu=pools.gpus_per_actor > 0, rtx_capabilities=_rtx_capabilities())
-    sample = reference = None
+    sample = built = reference = None
     if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
         sample = _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode)
         preparer = plan.preparer or _start_preparer(plan.config, plan.predictor_hash)
+        for_gpu = pools.gpus_per_actor > 0
+        built = preparer.build.remote(spec_json, for_gpu=for_gpu, rtx_capabilities=_rtx_capabilities())
         reference = preparer.reference.remote(spec_json, sample)
     return dataset.map_batches(
         ScoringActor,
@@ -416,6 +427,7 @@ def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFold
             "told": {
                 "num_threads": pools.num_threads,
                 "sample": sample,
+                "built": built,
                 "reference": reference,
                 "decode": plan.decode,
                 "decisions": attempt.decisions_uri,

@@ -45,7 +45,10 @@ class Preparer:
         return extract_spec(self._load()).to_json()
 
     def build(self, spec_json: str, *, for_gpu: bool, rtx_capabilities: Sequence[str] = ()) -> None:
-        """Fill the cache with what the scoring actors would have to export; they wait for it. Only warns where that fails."""
+        """Fill the cache with what the scoring actors would have to export; they wait for it. Only warns where that fails.
+
+        What an earlier run has left there costs nothing.
+        """
         provider, precision = self._config.engine.provider, self._config.engine.precision
         half: Precision = "fp32" if precision == "fp32" or not for_gpu else "fp16"
         request = EngineRequest(self._load, FeatureSpec.from_json(spec_json), self._cache)

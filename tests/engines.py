@@ -223,11 +223,13 @@ def share_cache(subjects: list[Subject]) -> dict[str, Any]:
     import torch
 
     from scoring.engines.build import build_engine
+    from scoring.predictor import extract_spec
 
     first, second = subjects[0], Subject("twin", subjects[0].path, subjects[0].rows_path, subjects[0].cache)
     with torch.no_grad():
         for parameter in second.predictor._learner._model.parameters():
             parameter.mul_(1.02)
+    second.spec = extract_spec(second.predictor)
     batch = first.batches()[0]
     answers = {}
     for name, subject in (("first", first), ("second", second)):

@@ -109,8 +109,10 @@ class NoPreparer:
 
     class reference:  # noqa: N801
         @staticmethod
-        def remote(*_: object) -> None:
+        def remote(*_: object, **__: object) -> None:
             return None
+
+    build = reference
 
 
 def main(arguments: Sequence[str]) -> None:
