@@ -120,6 +120,7 @@ def test_two_drivers_and_a_driver_that_slept_through_its_lease(run_parts: RunPar
 
 @pytest.mark.chaos
 def test_three_kills_of_each_kind_with_a_real_predictor(run_parts: RunParts) -> None:
-    found = run_parts("--seed=2", "--rows=10000", "--real", "driver=3", "actors=3", "workers=3", "nodes=3")
+    found = run_parts("--seed=2", "--rows=20000", "--real", "turns=3", "driver=3", "actors=3", "workers=3", "nodes=3")
+    assert len(found["turns"]["killed_at"]) == 2
     assert found["actors"]["kills"] == found["workers"]["kills"] == 3
     assert len(found["driver"]["kills"]) == len(found["nodes"]["removals"]) == 3
