@@ -358,7 +358,11 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
 
     from scoring.sink import PartSink
 
-    dataset = score_features(read_features(plan, attempt), plan, attempt)
+    preparer = None
+    if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
+        # Ray ends an actor that nobody holds any more: it is held here until all rows are scored.
+        preparer = plan.preparer or _start_preparer(plan.config, plan.predictor_hash)
+    dataset = score_features(read_features(plan, attempt), plan, attempt, preparer)
     # Where the rows are not known before they are read, only the end tells whether too many are bad.
     limit = None if plan.total_rows is None else (plan.total_rows, plan.config.quarantine.max_fraction)
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows, limit)
@@ -406,15 +410,16 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     )
 
 
-def score_features(dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
-    """Tables of features -> the same rows with scores."""
+def score_features(
+    dataset: "ray.data.Dataset", plan: Plan, attempt: AttemptFolder, preparer: Any = None
+) -> "ray.data.Dataset":
+    """Tables of features -> the same rows with scores; without a preparer, on the engine that was decided for."""
     from ray.data import ActorPoolStrategy
 
     pools, flow, spec_json = plan.pools, plan.flow, plan.spec.to_json()
     sample = built = reference = None
-    if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
+    if preparer is not None:
         sample = _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode)
-        preparer = plan.preparer or _start_preparer(plan.config, plan.predictor_hash)
         for_gpu = pools.gpus_per_actor > 0
         built = preparer.build.remote(spec_json, for_gpu=for_gpu, rtx_capabilities=_rtx_capabilities())
         reference = preparer.reference.remote(spec_json, sample)

@@ -178,6 +178,8 @@ def test_zero_scores_a_black_image_and_default_mode_the_neighbour_where_ours_qua
     assert "load_s=" not in published_run.log
     published = read_published(output)
     assert_accounts(published, {str(bad_photos): 40})
+    decision = published.manifest["engine"]["decisions"]["cpu"]
+    assert decision["reference"] == "predict_proba(realtime=True) in fp32", "where only the spec was known"
     bad = {row["source_row"]: row for row in published.quarantine.to_pylist()}
     assert {row: (item["stage"], item["reason"]) for row, item in bad.items()} == {
         7: ("features", "image_undecodable"),
