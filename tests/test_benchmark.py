@@ -32,7 +32,7 @@ from tests.conftest import REPOSITORY
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_quick_comparison_accounts_for_every_row_and_agrees_with_predict_proba(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.benchmark", "pipeline", "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False)
