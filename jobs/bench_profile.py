@@ -7,11 +7,13 @@ reading and writing are left out, so that what is lost here is lost between the 
 import gzip
 import json
 import logging
+import os
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,9 @@ class _Actor:
         )
         self._spec = extract_spec(predictor)
         plan = DecodePlan("gpu", resizes_on_gpu=True)
-        flow = size_flow(config, self._spec, size_pools(config, [{"CPU": 16.0, "GPU": 1.0}]), plan, job.rows)
+        flow = size_flow(
+            config, self._spec, size_pools(config, [{"CPU": float(os.cpu_count() or 1), "GPU": 1.0}]), plan, job.rows
+        )
         self.calls = flow.calls
         self.table = _features(config, self._spec, plan, flow.window_rows)
         self.num_images = sum(
@@ -110,17 +114,18 @@ class _Actor:
 
         ends: list[float] = []
         stop = threading.Event()
-        thread = threading.Thread(target=self._spin, args=(work, stop.is_set, ends))
-        thread.start()
-        while len(ends) < _WARM_WINDOWS:
-            time.sleep(0.01)
-        with tempfile.TemporaryDirectory() as folder:
-            before = len(ends)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                time.sleep(_TRACED_S)
-            windows = max(1, len(ends) - before)
-            stop.set()
-            thread.join()
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=1) as pool:
+            spinning = pool.submit(self._spin, work, stop.is_set, ends)
+            try:
+                while len(ends) < _WARM_WINDOWS and not spinning.done():
+                    time.sleep(0.01)
+                before = len(ends)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                    time.sleep(_TRACED_S)
+                windows = max(1, len(ends) - before)
+            finally:
+                stop.set()
+            spinning.result()
             path = Path(folder) / "trace.json.gz"
             profiler.export_chrome_trace(str(path))
             with gzip.open(path, "rt") as file:

@@ -204,7 +204,7 @@ def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
             f"engine: {decision.name} runs in another actor of this run and not here: {error}. Look at this node"
         ) from error
     gate = Gate(request.head())
-    checked = "an earlier attempt's"
+    checked = "examined by this run's first actor"
     if request.reference is not None:
         # One batch: the rung was examined on the whole sample; this finds a device that computes otherwise.
         parity = gate.parity(engine)

@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import logging
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,18 +57,22 @@ class JpegDecoder:
         self._headers = ctypes.PyDLL(str(path)).nvjpegGetImageInfo
         self._headers.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_void_p] * 4]
         self._own = threading.local()
-        self._thread()
+        backend, statuses = self._open()[1:]
+        if statuses:
+            logger.warning("images: JPEGs are decoded by %s, as %s cannot be had here", backend, ", ".join(statuses))
+        else:
+            logger.info("images: JPEGs are decoded by %s", backend)
 
-    def _open(self) -> ctypes.c_void_p:
+    def _open(self) -> tuple[ctypes.c_void_p, str, list[str]]:
+        """A handle, what decodes behind it, and what could not be had before that."""
         flags = ctypes.c_uint(_FANCY_UPSAMPLING | _NO_PIPELINE)
         statuses: list[str] = []
         for name, backend in _BACKENDS.items():
             handle = ctypes.c_void_p()
             status = self._library.nvjpegCreateEx(backend, None, None, flags, ctypes.byref(handle))
             if not status:
-                logger.log(logging.INFO if not statuses else logging.WARNING, "images: JPEGs are decoded by %s", name)
-                return handle
-            statuses.append(f"{name}: status {status}")
+                return handle, name, statuses
+            statuses.append(f"{name} (status {status})")
         raise EngineUnavailable(f"nvJPEG has no decoder for this GPU ({', '.join(statuses)})")
 
     def decode(
@@ -81,10 +86,11 @@ class JpegDecoder:
         places = np.flatnonzero(is_good)
         for start in range(0, len(places), _BATCH):
             batch = places[start : start + _BATCH]
-            if not self._decode(addresses, lengths, frames, batch, stream):
+            if self._decode(addresses, lengths, frames, batch, stream):
                 # One that cannot be read fails its whole batch.
-                for place in batch:
-                    is_good[place] = self._decode(addresses, lengths, frames, np.array([place]), stream)
+                statuses = [self._decode(addresses, lengths, frames, batch[[i]], stream) for i in range(len(batch))]
+                is_good[batch] = np.array(statuses) == 0
+                logger.info("images: of a batch of %d, nvJPEG refuses with status: %s", len(batch), Counter(statuses))
         return is_good
 
     def _fits(self, addresses: Sizes, lengths: Sizes, frames: Frames) -> npt.NDArray[np.bool_]:
@@ -107,7 +113,8 @@ class JpegDecoder:
         frames: Frames,
         places: npt.NDArray[np.intp],
         stream: "torch.cuda.Stream",
-    ) -> bool:
+    ) -> int:
+        """Decode those `places`; nvJPEG's status, 0 where all could be read."""
         handle, state = self._thread()
         images = np.zeros((len(places), 2, _MAX_COMPONENTS), dtype=np.uint64)  # nvjpegImage_t: channels, then pitches
         images[:, 0, 0], images[:, 1, 0] = frames.addresses[places], frames.pitches[places]
@@ -122,12 +129,12 @@ class JpegDecoder:
                 _pointer(images),
                 ctypes.c_void_p(stream.cuda_stream),
             )
-        return not status
+        return int(status)
 
     def _thread(self) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
         """The calling thread's handle and state."""
         if not hasattr(self._own, "state"):
-            handle, state = self._open(), ctypes.c_void_p()
+            handle, state = self._open()[0], ctypes.c_void_p()
             status = self._library.nvjpegJpegStateCreate(handle, ctypes.byref(state))
             if status:
                 raise EngineUnavailable(f"nvJPEG cannot make a decoder's state: status {status}")

@@ -207,9 +207,9 @@ def _start_preparer(config: ScoreConfig, predictor_hash: str) -> Any:
     """The process that imports AutoGluon, if it comes to that; beside a GPU, so that its graphs lie where they are read."""
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: -node["Resources"].get("GPU", 0.0))
     there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=True)
-    # No CPU is asked for: the pools promise all of them, and it works while they start.
-    kind = ray.remote(PreparerActor).options(num_cpus=0, scheduling_strategy=there)
-    return kind.remote(config, predictor_hash)
+    # No CPU is asked for: the pools promise all of them, and it works while they start. What a death interrupts is done again.
+    options = {"num_cpus": 0, "max_restarts": 1, "max_task_retries": 1, "scheduling_strategy": there}
+    return ray.remote(PreparerActor).options(**options).remote(config, predictor_hash)
 
 
 class PreparerActor(Preparer):
