@@ -97,7 +97,8 @@ class _Actor:
 
         def score(staged: Any) -> object:
             with self._lock:
-                return forward.logits(staged)
+                submitted = forward.submit(staged)
+            return submitted.wait()
 
         return score
 

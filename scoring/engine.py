@@ -192,7 +192,7 @@ def _with_takeover(
         compiles=may_compile and not waste,
     )
     logger.info("engine: uses %s, %s", decision.name, decision.reason)
-    return (Takeover(request, gate, engine, rung.rows_per_s or 0.0) if decision.compiles else engine), decision
+    return (Takeover(request, gate, engine) if decision.compiles else engine), decision
 
 
 def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
@@ -215,8 +215,7 @@ def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
             )
         checked = f"max difference {parity.max_abs_diff:.1e}"
     logger.info("engine: uses %s as decided (%.1f s, %s)", decision.name, build_s, checked)
-    rate = next((rung.rows_per_s for rung in decision.rungs if rung.outcome == "used"), None)
-    return Takeover(request, gate, engine, rate or 0.0) if decision.compiles else engine
+    return Takeover(request, gate, engine) if decision.compiles else engine
 
 
 def shared_engine(request: EngineRequest, uri: str) -> tuple[Engine, EngineDecision]:

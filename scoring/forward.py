@@ -1,12 +1,12 @@
 """Staged batches through an engine: logits of the rows it can score, and what is wrong with the others.
 
-Owns the forward of one table: all batches at once as long as nothing is wrong, then the failed ones in parts. Not for several
-threads.
+Owns the forward of one table: all batches at once as long as nothing is wrong, then the failed ones in parts.
 """
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,22 +16,53 @@ from scoring.flat import Logits
 from scoring.poison import Fault, Rows, Verdict, fault_of, split
 from scoring.staging import Batch, Staged, Staging
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """A table's batches on their way through an engine.
+
+    `logits` are those of `ran`, (n, classes) on the host, as soon as the GPU has reached `ready`; `failed` could not be handed
+    over, with the reason where that is known.
+    """
+
+    staged: Staged
+    ran: Sequence[Batch]
+    logits: Logits
+    ready: "torch.cuda.Event | None"
+    failed: Sequence[tuple[Batch, Fault | None]]
+
+    def wait(self) -> tuple[Rows, Logits] | None:
+        """The rows, all that can be scored, and their logits, in the batches' order; None where something is wrong."""
+        try:
+            if self.ready is not None:
+                self.ready.synchronize()
+        except Exception as error:
+            logger.warning("score: %s; trying each batch alone", fault_of(error).message)
+            return None
+        if self.failed or not np.isfinite(self.logits).all():
+            return None
+        return _join([batch.places for batch in self.ran]), self.logits
+
+
 class Forward:
-    """Runs what `staging` stages on `engine`, whose logits are `width` a row."""
+    """Runs what `staging` stages on `engine`, whose logits are `width` a row.
+
+    `submit` and `rescue` are for one thread at a time. Any number of tables may be on their way: the GPU goes on with the next
+    one while a thread waits for the last.
+    """
 
     def __init__(self, engine: Engine, staging: Staging, width: int) -> None:
         self._engine = engine
         self._staging = staging
         self._width = width
 
-    def logits(self, staged: Staged) -> tuple[Rows, Logits, dict[int, Verdict]]:
-        """The rows that can be scored and their logits, in the batches' order, and what is wrong with the others.
-
-        A GPU is waited for once, unless something is wrong.
-        """
+    def submit(self, staged: Staged) -> Submitted:
+        """Hand all batches to the engine; a GPU is not waited for."""
         ran: list[tuple[Batch, Any]] = []
         failed: list[tuple[Batch, Fault | None]] = []
         for batch in staged.batches:
@@ -40,32 +71,46 @@ class Forward:
             except Exception as error:
                 failed.append((batch, fault_of(error)))
         try:
-            logits = self._gather([part for _, part in ran])
+            logits, ready = self._to_host([part for _, part in ran])
         except Exception as error:
             logger.warning("score: %s; trying each batch alone", fault_of(error).message)
-            # It came up where the GPU was waited for: any batch's.
             failed += [(batch, None) for batch, _ in ran]
-            ran, logits = [], self._gather([])
-        if not failed and np.isfinite(logits).all():
-            return _join([batch.places for batch, _ in ran]), logits, {}
-        return self._rescue(staged, [batch for batch, _ in ran], logits, failed)
+            ran, (logits, ready) = [], self._to_host([])
+        return Submitted(staged, [batch for batch, _ in ran], logits, ready, failed)
 
-    def _gather(self, parts: Sequence[Any]) -> Logits:
-        """Batches' logits, on the host or on a GPU -> (n, classes) on the host."""
+    def _to_host(self, parts: Sequence[Any]) -> "tuple[Logits, torch.cuda.Event | None]":
+        """Batches' logits, on the host or on a GPU -> (n, classes) on the host, there when the event is reached."""
         if not parts:
-            return np.empty((0, self._width), dtype=np.float32)
+            return np.empty((0, self._width), dtype=np.float32), None
         parts = [part.reshape(-1, self._width) for part in parts]
         if isinstance(parts[0], np.ndarray):
-            return np.concatenate(parts)
+            return np.concatenate(parts), None
         import torch
 
-        logits: Logits = torch.cat(list(parts)).cpu().numpy()
-        return logits
+        logits = torch.cat(list(parts))
+        if logits.device.type == "cpu":
+            return logits.numpy(), None
+        host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+        host.copy_(logits, non_blocking=True)
+        # It sleeps while it waits: a spinning one takes a core from the feature workers.
+        ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        ready.record()
+        return host.numpy(), ready
 
-    def _rescue(
-        self, staged: Staged, ran: Sequence[Batch], logits: Logits, failed: Sequence[tuple[Batch, Fault | None]]
-    ) -> tuple[Rows, Logits, dict[int, Verdict]]:
-        """`logits`, the slow way: failed batches in halves, and rows that are not finite alone."""
+    def rescue(self, submitted: Submitted) -> tuple[Rows, Logits, dict[int, Verdict]]:
+        """What `wait` found something wrong with, the slow way: failed batches in halves, and rows that are not finite alone.
+
+        Returns the rows that can be scored, their logits, and what is wrong with the others.
+        """
+        staged, ran, logits = submitted.staged, submitted.ran, submitted.logits
+        failed = list(submitted.failed)
+        try:
+            if submitted.ready is not None:
+                submitted.ready.synchronize()
+        except Exception:
+            # It came up where the GPU was waited for: any batch's.
+            failed += [(batch, None) for batch in ran]
+            ran, logits = [], logits[:0]
         ends = np.cumsum([len(batch.places) for batch in ran])
         done = list(zip(ran, np.split(logits, ends[:-1]), strict=True)) if ran else []
         bad: dict[int, Verdict] = {}
@@ -76,7 +121,8 @@ class Forward:
         for batch, values in done:
             for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
                 bad |= self._score_alone(staged, batch.take(np.array([row])), values[row])
-        rows, logits = _join([batch.places for batch, _ in done]), self._gather([values for _, values in done])
+        rows = _join([batch.places for batch, _ in done])
+        logits = self._to_host([values for _, values in done])[0]
         if bad:
             row, (reason, message) = next(iter(bad.items()))
             logger.warning("score: %d rows given up, one of them row %d: %s: %s", len(bad), row, reason, message)
@@ -92,7 +138,7 @@ class Forward:
             torch.cuda.empty_cache()  # ONNX Runtime and TensorRT have allocators of their own
         found = split(
             np.arange(len(batch.places)),
-            lambda rows: self._gather([self._engine.forward(batch.take(rows).complete())]),
+            lambda rows: self._engine.forward(batch.take(rows).complete()).reshape(-1, self._width),
             fault=fault,
         )
         if found.fits is not None:

@@ -84,9 +84,10 @@ class Gate:
 
     def rows_per_s(self, engine: Engine) -> float:
         """The engine's rate over the batches to be timed, host to host, for about a second, or an earlier run's."""
-        return measured_rate(self._request, engine.provider, engine.precision, lambda: self._time(engine))
+        return measured_rate(self._request, engine.provider, engine.precision, lambda: self.time(engine))
 
-    def _time(self, engine: Engine) -> float:
+    def time(self, engine: Engine) -> float:
+        """`rows_per_s`, measured now and not kept."""
         # Shapes are seen once before the clock starts.
         batches = self._request.timed or self._sample
         for arrays in self._request.timed:
@@ -98,13 +99,13 @@ class Gate:
                 rows += num_rows(arrays)
         return rows / seconds
 
-    def examine(self, engine: Engine, build_s: float) -> Rung:
-        """Parity, then the clock."""
+    def examine(self, engine: Engine, build_s: float, *, anew: bool = False) -> Rung:
+        """Parity, then the clock, or what it told an earlier run unless `anew`."""
         parity = self.parity(engine)
         failure = parity.failure(self._request.max_abs_diff)
         common = {"build_s": round(build_s, 2), "parity": parity.to_dict()}
         if failure:
             return Rung(engine.provider, engine.precision, "refused", failure, **common)  # type: ignore[arg-type]
-        rate = self.rows_per_s(engine)
+        rate = self.time(engine) if anew else self.rows_per_s(engine)
         reason = f"max difference {parity.max_abs_diff:.1e} on {parity.rows} rows"
         return Rung(engine.provider, engine.precision, "usable", reason, round(rate, 1), **common)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
 from scoring.errors import DecoderError, EngineError, Stage
 from scoring.features import FEATURE_PREFIX
+from scoring.flat import Logits
 from scoring.forward import Forward, engine_name
 from scoring.guard import Guard
 from scoring.journal import TIMEOUT_S, Journal
@@ -34,11 +35,12 @@ from scoring.ledger import takes_decisions
 from scoring.meter import Meter
 from scoring.outputs import Outputs, score_fields
 from scoring.parity import Scores
+from scoring.poison import Rows, Verdict
 from scoring.predictor import LazyPredictor
 from scoring.reference import upstream_scores
 from scoring.sample import Sample
 from scoring.spec import FeatureSpec
-from scoring.staging import Staging
+from scoring.staging import Staged, Staging
 from scoring.storage import join, write_bytes
 from scoring.takeover import Takeover
 
@@ -146,16 +148,8 @@ class Scorer:
 
     def _score(self, table: pa.Table) -> pa.Table:
         staged = self._staging.stage(table)
-        with self._turn():
-            self.meter.start_batch()
-            self.meter.stage_s += staged.seconds
-            if isinstance(self._engine, Takeover):
-                self._note(self._engine.settle())
-            engine = engine_name(self._engine)
-            rows, logits, bad = self._forward.logits(staged)
-            line = self.meter.end_batch(table.num_rows)
-        if line is not None:
-            logger.info(line)
+        with self.meter.batch(table.num_rows, staged.seconds):
+            rows, logits, bad, engine = self._run(staged)
         scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
         scored = mark_rows(
             scored, Stage.FEATURES, {row: (error.reason, str(error)) for row, error in staged.bad.items()}
@@ -164,6 +158,19 @@ class Scorer:
         for column, values in zip(score_fields(self._spec), self._outputs.columns(logits), strict=True):
             scored = scored.append_column(column, _scatter(values, rows, table.num_rows, column.type))
         return scored.append_column(ENGINE_COLUMN, pa.repeat(engine, table.num_rows))
+
+    def _run(self, staged: Staged) -> tuple[Rows, Logits, dict[int, Verdict], str]:
+        """Rows, logits and what is wrong with other rows, as `Forward` gives them, and the engine's name."""
+        with self._turn():
+            if isinstance(self._engine, Takeover):
+                self._note(self._engine.settle())
+            engine = engine_name(self._engine)
+            submitted = self._forward.submit(staged)
+        done = submitted.wait()
+        if done is not None:
+            return *done, {}, engine
+        with self._turn():
+            return *self._forward.rescue(submitted), engine
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -26,11 +26,10 @@ class Takeover:
     The compiled one is checked and timed like any other before it scores a row.
     """
 
-    def __init__(self, request: EngineRequest, gate: Gate, first: Engine, first_rows_per_s: float) -> None:
+    def __init__(self, request: EngineRequest, gate: Gate, first: Engine) -> None:
         self._request = request
         self._gate = gate
         self._engine = first
-        self._first_rows_per_s = first_rows_per_s
         self._built: list[Engine | Exception] = []
         self._thread: threading.Thread | None = threading.Thread(target=self._build, name="compile", daemon=True)
         self._thread.start()
@@ -80,13 +79,15 @@ class Takeover:
         if isinstance(built, Exception):
             return Rung(name, precision, "unavailable", describe_error(built))
         try:
-            rung = self._gate.examine(built, getattr(built, "build_s", 0.0))
+            # Anew, both: other tables are decoded beside it, which the first engine's figure was without.
+            rung = self._gate.examine(built, getattr(built, "build_s", 0.0), anew=True)
+            first_rows_per_s = self._gate.time(self._engine)
         except Exception as error:
             logger.warning("engine: %s failed on the sample", name, exc_info=True)
             return Rung(name, precision, "unavailable", describe_error(error))
         if rung.outcome != "usable":
             return rung
-        is_faster = (rung.rows_per_s or 0) > self._first_rows_per_s
+        is_faster = (rung.rows_per_s or 0) > first_rows_per_s
         return replace(rung, outcome="used" if is_faster else "slower")
 
     def forward(self, arrays: BatchArrays) -> Logits:

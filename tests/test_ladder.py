@@ -65,12 +65,17 @@ class StubGate:
     def parity(self, engine: StubEngine) -> Parity:
         return Parity(64, engine.difference, engine.difference, 1.0, 0, 0)
 
-    def examine(self, engine: StubEngine, build_s: float) -> Rung:
+    def time(self, engine: StubEngine) -> float:
+        """While others decode."""
+        return engine.rows_per_s / 2
+
+    def examine(self, engine: StubEngine, build_s: float, *, anew: bool = False) -> Rung:
         parity = self.parity(engine)
         failure = parity.failure(self._limit)
         if failure:
             return Rung(engine.provider, engine.precision, "refused", failure)
-        return Rung(engine.provider, engine.precision, "usable", "fits", engine.rows_per_s)
+        rate = self.time(engine) if anew else engine.rows_per_s
+        return Rung(engine.provider, engine.precision, "usable", "fits", rate)
 
 
 Machine = dict[tuple[str, str], StubEngine | EngineUnavailable]

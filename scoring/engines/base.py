@@ -96,7 +96,7 @@ def pad_arrays(arrays: BatchArrays, rows: int, tokens: int) -> dict[str, npt.NDA
     padded: dict[str, Any] = {}
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):  # on the device already
-            padded[name] = array[np.minimum(np.arange(rows), len(array) - 1)] if missing_rows else array
+            padded[name] = _repeat_last(array, missing_rows) if missing_rows else array
             continue
         widths = [(0, 0)] * array.ndim
         if name.endswith((":token_ids", ":segment_ids")) and array.shape[1] < tokens:
@@ -106,6 +106,13 @@ def pad_arrays(arrays: BatchArrays, rows: int, tokens: int) -> dict[str, npt.NDA
             array = np.concatenate([array, np.repeat(array[-1:], missing_rows, axis=0)])
         padded[name] = array
     return padded
+
+
+def _repeat_last(tensor: "torch.Tensor", times: int) -> "torch.Tensor":
+    """As `np.repeat` for the host's arrays; an index from the host would make it wait for all work of the stream."""
+    import torch
+
+    return torch.cat([tensor, tensor[-1:].expand(times, *tensor.shape[1:])])
 
 
 def alike(
