@@ -5,6 +5,7 @@ Owns the forward of one table: all batches at once as long as nothing is wrong, 
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,23 @@ class Forward:
         self._engine = engine
         self._staging = staging
         self._width = width
+        # On CUDA's default stream each step would wait for the streams of other threads that are not torch's (nvJPEG's), and
+        # they for it.
+        self._stream = _new_stream() if staging.on_gpu else None
 
     def submit(self, staged: Staged) -> Submitted:
         """Hand all batches to the engine; a GPU is not waited for."""
+        with self._on_stream():
+            return self._submit(staged)
+
+    def _on_stream(self) -> AbstractContextManager[None]:
+        if self._stream is None:
+            return nullcontext()
+        import torch
+
+        return torch.cuda.stream(self._stream)
+
+    def _submit(self, staged: Staged) -> Submitted:
         ran: list[tuple[Batch, Any]] = []
         failed: list[tuple[Batch, Fault | None]] = []
         for batch in staged.batches:
@@ -102,6 +117,10 @@ class Forward:
 
         Returns the rows that can be scored, their logits, and what is wrong with the others.
         """
+        with self._on_stream():
+            return self._rescue(submitted)
+
+    def _rescue(self, submitted: Submitted) -> tuple[Rows, Logits, dict[int, Verdict]]:
         staged, ran, logits = submitted.staged, submitted.ran, submitted.logits
         failed = list(submitted.failed)
         try:
@@ -155,6 +174,12 @@ class Forward:
             message = f"the model's output is not finite on {engine_name(self._engine)}"
             return {int(batch.places[0]): (Reason.SCORE_NONFINITE, message)}
         return bad
+
+
+def _new_stream() -> "torch.cuda.Stream":
+    import torch
+
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _join(places: Sequence[Rows]) -> Rows:
