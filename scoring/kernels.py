@@ -1,4 +1,4 @@
-"""Triton kernels of Pillow's 8-bit resize: two passes of integer sums, the horizontal one first.
+"""Triton kernels of Pillow's 8-bit resize: its weights, and two passes of integer sums, the horizontal one first.
 
 Imports triton, so `resample.py` imports it where it is needed. Images are read through a table of addresses: padding them
 into one array in Python stopped at 7,000 images/s. `TRITON_INTERPRET=1` runs these on the CPU, for tests.
@@ -12,6 +12,61 @@ import triton.language as tl
 # Pillow's PRECISION_BITS, and the half that rounds.
 BITS = tl.constexpr(22)
 HALF = tl.constexpr(1 << 21)
+SCALE = tl.constexpr(float(1 << 22))
+
+
+@triton.jit
+def _bicubic(x):
+    """Pillow's bicubic_filter with a = -0.5, in its order of operations."""
+    x = tl.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+
+
+@triton.jit
+def resize_weights(
+    in_sizes,  # (n,) int64
+    out_sizes,  # (n,) int64: before the crop, at least `size`
+    first,  # (n, size) int32: first source pixel of an output pixel of the centre crop
+    count,  # (n, size) int32: how many
+    weights,  # (n, size, taps) int32
+    taps,
+    size,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Pillow's weights along one axis (Resample.c, precompute_coeffs and normalize_coeffs_8bpc), its sums in its order.
+
+    Launch with enable_fp_fusion=False: a fused operation rounds once where Pillow rounds twice.
+    """
+    image = tl.program_id(0)
+    xs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_used = xs < size
+    in_size = tl.load(in_sizes + image)
+    out_size = tl.load(out_sizes + image)
+    # Python's round, half to even, as torchvision's center_crop has it.
+    excess = out_size - size
+    half = excess // 2
+    offset = half + (excess % 2) * (half % 2)
+    scale = in_size.to(tl.float64) / out_size.to(tl.float64)
+    filter_scale = tl.maximum(scale, 1.0)
+    support = filter_scale * 2.0  # bicubic's, in source pixels at scale 1
+    inverse = 1.0 / filter_scale
+    center = (xs.to(tl.float64) + offset.to(tl.float64) + 0.5) * scale
+    low = tl.maximum((center - support + 0.5).to(tl.int64), 0)
+    num = tl.minimum((center + support + 0.5).to(tl.int64), in_size) - low
+    total = tl.zeros((BLOCK,), tl.float64)
+    for tap in range(taps):
+        weight = _bicubic(((low + tap).to(tl.float64) - center + 0.5) * inverse)
+        total += tl.where(tap < num, weight, 0.0)
+    line = image * size + xs
+    tl.store(first + line, low.to(tl.int32), mask=is_used)
+    tl.store(count + line, num.to(tl.int32), mask=is_used)
+    for tap in range(taps):
+        weight = tl.where(tap < num, _bicubic(((low + tap).to(tl.float64) - center + 0.5) * inverse), 0.0)
+        scaled = tl.where(total != 0.0, weight / total, weight) * SCALE
+        rounded = tl.where(weight < 0.0, scaled - 0.5, scaled + 0.5).to(tl.int32)
+        tl.store(weights + line.to(tl.int64) * taps + tap, rounded, mask=is_used)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Pillow's bicubic resize and the centre crop on a GPU, for images that lie anywhere in its memory, bit for bit.
 
-Owns the weights, which are Pillow's own sums in float64 (Resample.c, precompute_coeffs and normalize_coeffs_8bpc), and the
-geometry of the predictor's transforms. The sums over pixels are `kernels.py`'s, in Pillow's 32-bit integers; as matrix
-products in float64 they would cost 27 us an image, and only where a card has units for them.
+Owns the geometry of the predictor's transforms. The weights are `kernels.py`'s, Pillow's own sums in float64, and the sums
+over pixels, in Pillow's 32-bit integers; as matrix products in float64 those would cost 27 us an image, and only where a card
+has units for them.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 _SUPPORT = 2.0  # bicubic's, in source pixels at scale 1
-_BITS = 22
 _BLOCK_Y, _BLOCK_X = 8, 64
 
 Sizes = npt.NDArray[np.int64]
@@ -101,40 +100,16 @@ def _taps(in_sizes: Sizes, out_sizes: Sizes) -> int:
 def _weights(
     in_sizes: "torch.Tensor", out_sizes: "torch.Tensor", size: int, taps: int
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """First source pixel, count (n, size) and weights (n, size, taps), int32, of each output pixel of the centre crop.
-
-    One operation a line and never a fused one: the float64 rounding is Pillow's then.
-    """
+    """First source pixel, count (n, size) and weights (n, size, taps), int32, of each output pixel of the centre crop."""
     import torch
 
-    in_sizes, out_sizes = in_sizes[:, None], out_sizes[:, None]
-    # Python's round: half to even, as torchvision's center_crop has it.
-    offset = torch.round((out_sizes - size).double() / 2.0)
-    scale = in_sizes.double() / out_sizes.double()
-    filter_scale = torch.clamp(scale, min=1.0)
-    support = filter_scale * _SUPPORT
-    center = (torch.arange(size, device=in_sizes.device).double() + offset + 0.5) * scale
-    low = (center - support + 0.5).long().clamp(min=0)
-    high = torch.minimum((center + support + 0.5).long(), in_sizes)
-    places = torch.arange(taps, device=in_sizes.device)
-    is_used = places < (high - low)[..., None]
-    distance = (places + low[..., None]).double() - center[..., None] + 0.5
-    distance = distance * (1.0 / filter_scale)[..., None]
-    weights = torch.where(is_used, _bicubic(distance), 0.0)
-    total = torch.zeros_like(center)
-    for tap in range(taps):
-        total = total + weights[..., tap]
-    weights = torch.where(total[..., None] != 0.0, weights / total[..., None], weights)
-    scaled = weights * float(1 << _BITS)
-    rounded = torch.where(weights < 0, scaled - 0.5, scaled + 0.5).int()
-    return low.int().contiguous(), (high - low).int().contiguous(), rounded.contiguous()
+    from scoring.kernels import resize_weights
 
-
-def _bicubic(x: "torch.Tensor") -> "torch.Tensor":
-    """Pillow's bicubic_filter with a = -0.5, in its order of operations."""
-    import torch
-
-    x = x.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * -0.5
-    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
+    num, device = len(in_sizes), in_sizes.device
+    first, count = torch.empty((2, num, size), dtype=torch.int32, device=device)
+    weights = torch.empty((num, size, taps), dtype=torch.int32, device=device)
+    # One launch: as torch's operations it was 110, for each of which Python's lock is let go and waited for.
+    resize_weights[(num, -(-size // _BLOCK_X))](
+        in_sizes, out_sizes, first, count, weights, taps, size, BLOCK=_BLOCK_X, enable_fp_fusion=False
+    )
+    return first, count, weights
