@@ -82,7 +82,7 @@ class Forward:
         failed: list[tuple[Batch, Fault | None]] = []
         for batch in staged.batches:
             try:
-                ran.append((batch, self._engine.submit(batch.complete())))
+                ran.append((batch, self._engine.submit(batch.padded())[: len(batch.places)]))
             except Exception as error:
                 failed.append((batch, fault_of(error)))
         try:

@@ -6,9 +6,10 @@ Owns the scoring actor's half of the preparation and its stream, so that it over
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,16 @@ from scoring.collate import image_places, micro_batches, without_images
 from scoring.config import ScoreConfig
 from scoring.decoding import DecodePlan
 from scoring.device_images import DeviceImages, ImageStage
-from scoring.engines.base import Shapes
+from scoring.engines.base import Shapes, num_tokens, pad_arrays
 from scoring.engines.torch_engine import CUDA
 from scoring.images import BadImageError
 from scoring.nvjpeg import JpegDecoder
 from scoring.poison import MAX_HALVINGS, Rows
 from scoring.spec import FeatureSpec, ImageModel
+from scoring.upload import upload
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,7 @@ logger = logging.getLogger(__name__)
 # and more rows gain nothing.
 GPU_ROWS, _CPU_ROWS = 512, 64
 _GPU_TOKENS = 128 * GPU_ROWS
+_PLACES = "places"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Batch:
     arrays: dict[str, Any]
     images: DeviceImages | None
     model: ImageModel | None
+    on_gpu: "Mapping[str, torch.Tensor] | None" = None
+    """The arrays there, padded to one of the engine's shapes, with the places of their images as `_PLACES`."""
 
     def complete(self) -> dict[str, Any]:
         """The arrays, those on the device among them."""
@@ -49,6 +57,16 @@ class Batch:
             return self.arrays
         pixels = self.images.take(self.places, image_places(self.arrays, self.model))
         return {**self.arrays, f"{self.model.prefix}:pixels": pixels}
+
+    def padded(self) -> dict[str, Any]:
+        """`complete`, of more rows where those on the GPU are padded: nothing is left to be copied there."""
+        if self.on_gpu is None:
+            return self.complete()
+        arrays = dict(self.on_gpu)
+        places = arrays.pop(_PLACES, None)
+        if self.images is not None and self.model is not None and places is not None:
+            arrays[f"{self.model.prefix}:pixels"] = self.images.gather(places)
+        return arrays
 
     def take(self, rows: Rows) -> "Batch":
         """Some of its rows, as padded as before."""
@@ -90,17 +108,23 @@ class Staging:
         is_usable = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False).copy()
         if not is_usable.any():  # among them rows whose images must not be touched again
             return Staged([], {}, time.perf_counter() - start)
-        images, bad = self._load_images(table)
-        is_usable[list(bad)] = False
-        usable = np.flatnonzero(is_usable)
-        small = without_images(table) if images is not None else table
-        # Taking every row would copy the images.
-        chosen = small if len(usable) == table.num_rows else small.take(pa.array(usable))
-        model = self._spec.image_models[0] if images is not None else None
-        halvings = self._halvings
-        max_rows, max_tokens = max(1, self.max_rows >> halvings), self._max_tokens and self._max_tokens >> halvings
-        cut = micro_batches(chosen, self._spec, max_rows, self._shapes, max_tokens)
-        batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
+        with self._on_stream():
+            images, bad = self._load_images(table)
+            is_usable[list(bad)] = False
+            usable = np.flatnonzero(is_usable)
+            small = without_images(table) if images is not None else table
+            # Taking every row would copy the images.
+            chosen = small if len(usable) == table.num_rows else small.take(pa.array(usable))
+            model = self._spec.image_models[0] if images is not None else None
+            halvings = self._halvings
+            max_rows, max_tokens = max(1, self.max_rows >> halvings), self._max_tokens and self._max_tokens >> halvings
+            cut = micro_batches(chosen, self._spec, max_rows, self._shapes, max_tokens)
+            batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
+            if self._shapes is not None:
+                batches = _upload(batches, self._shapes)
+                _wait()
+            if images is not None:
+                images.settle()
         return Staged(batches, bad, time.perf_counter() - start, halvings)
 
     def lower(self, staged: Staged) -> None:
@@ -114,11 +138,36 @@ class Staging:
             logger.warning("score: out of memory; batches of at most %d rows from here on", self.max_rows >> halvings)
 
     def _load_images(self, table: pa.Table) -> tuple[DeviceImages | None, dict[int, BadImageError]]:
-        if self._images is None:
-            return None, {}
+        return self._images.load(table) if self._images is not None else (None, {})
+
+    def _on_stream(self) -> AbstractContextManager[None]:
+        """A stream of the calling thread's own, on a GPU."""
+        if not self.on_gpu:
+            return nullcontext()
         import torch
 
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._own.stream):
-            return self._images.load(table)
+        return torch.cuda.stream(self._own.stream)
+
+
+def _upload(batches: Sequence[Batch], shapes: Shapes) -> list[Batch]:
+    """The batches with their arrays on the GPU, padded as its engine wants them."""
+    padded = []
+    for batch in batches:
+        rows, tokens = shapes.fit(len(batch.places), num_tokens(batch.arrays))
+        arrays = pad_arrays(batch.arrays, rows, tokens)
+        if batch.images is not None and batch.model is not None:
+            places = batch.images.places(batch.places, image_places(batch.arrays, batch.model))
+            arrays |= pad_arrays({_PLACES: places}, rows, 0)
+        padded.append(arrays)
+    return [replace(batch, on_gpu=tensors) for batch, tensors in zip(batches, upload(padded, CUDA), strict=True)]
+
+
+def _wait() -> None:
+    """Until the current stream is done, asleep: a wait that spins takes a core from the feature workers."""
+    import torch
+
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    done.record()
+    done.synchronize()

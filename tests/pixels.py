@@ -49,7 +49,7 @@ def pixels(cells: pa.ChunkedArray, plan: DecodePlan, *, on_gpu: bool) -> tuple[A
     if not on_gpu:
         return collate(features, SPEC)["image:pixels"][:, 0], bad
     stage = ImageStage(MODEL, "cuda:0", JpegDecoder() if plan.mode == "gpu" else None, max_pixels=MAX_PIXELS)
-    images, failed = stage.load(features)
+    images, failed = stage.load(features)  # on the same stream as what follows
     return images.take(np.arange(num), 1)[:, 0].cpu().numpy(), bad | set(failed)
 
 

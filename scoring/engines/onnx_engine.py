@@ -6,12 +6,14 @@ what runs is read back from it.
 
 import logging
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
+from scoring.engines.graphs import Graphs
 from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
 from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
 from scoring.spec import FeatureSpec
@@ -73,7 +75,8 @@ class OnnxGpuEngine(GpuEngine):
     """ONNX Runtime with its CUDA or TensorRT provider; inputs and logits stay on the GPU between host copies.
 
     With images each row count has a session of its own: ONNX Runtime plans every convolution anew when the count changes,
-    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100.
+    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100. With the CUDA provider batches
+    are replayed as CUDA graphs: 29,100 rows/s instead of 26,800.
     """
 
     def __init__(
@@ -103,19 +106,38 @@ class OnnxGpuEngine(GpuEngine):
         self._options = {**options, "user_compute_stream": str(self._stream.cuda_stream)}
         self._run_options = onnxruntime.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._sessions: dict[int, onnxruntime.InferenceSession] = {}
+        self._sessions = self._open_sessions()
         self._bound = {item.name for item in self._session_for(shapes.rows[-1]).get_inputs()}
+        is_captured = provider == "cuda" and str(options.get("enable_cuda_graph", "0")) == "0"
+        self._graphs = Graphs(self._run) if is_captured else None
 
-    def _session_for(self, rows: int) -> "onnxruntime.InferenceSession":
+    def _open_sessions(self) -> "dict[int, onnxruntime.InferenceSession]":
+        """By row count; 0 is any."""
         import onnxruntime
 
-        key = rows if self._is_planned else 0
-        if key not in self._sessions:
-            self._sessions[key] = _session(self._graph, onnxruntime.SessionOptions(), self.provider, self._options)
+        def new_session() -> onnxruntime.InferenceSession:
+            return _session(self._graph, onnxruntime.SessionOptions(), self.provider, self._options)
+
+        if not self._is_planned:
+            return {0: new_session()}
+        # 2 s each. All before the first batch: a session writes its weights, which must not come into another one's capture.
+        first, *others = self._shapes.rows
+        sessions = {first: new_session()}
+        with ThreadPoolExecutor(max_workers=max(1, len(others))) as pool:
+            opened = [pool.submit(new_session) for _ in others]
+        return sessions | {rows: session.result() for rows, session in zip(others, opened, strict=True)}
+
+    def _session_for(self, rows: int) -> "onnxruntime.InferenceSession":
+        # Rows past the largest shape come alone, as the gate's may.
+        key = min((count for count in self._sessions if count >= rows), default=max(self._sessions))
         return self._sessions[key]
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
-        """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""
+        """Flat tensors on the GPU -> logits there, valid until the next call; nothing passes through the host, and the host does
+        not wait."""
+        return self._run(tensors) if self._graphs is None else self._graphs(tensors)
+
+    def _run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         import torch
 
         session = self._session_for(len(tensors[0]))
@@ -134,6 +156,8 @@ class OnnxGpuEngine(GpuEngine):
 
     def close(self) -> None:
         """See `Engine.close`."""
+        if self._graphs is not None:
+            self._graphs.clear()
         self._sessions.clear()
 
 
