@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from scoring.decoding import ENCODED, FRAME, PIXELS, DecodePlan, Prepared, prepare
 from scoring.features import share_of_rows
 from scoring.images import BadImageError, prepare_image
-from scoring.jpeg import hardware_size
+from scoring.jpeg import hardware_size, pillow_size, plain_size
 from scoring.spec import ImageModel
 
 MODEL = ImageModel("image", 64, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 1)
@@ -80,6 +82,34 @@ def test_headers_that_end_too_soon_are_no_jpeg() -> None:
         assert hardware_size(content[:end] + b"\xff\xd9") in (None, (120, 90))
     assert hardware_size(b"") is None
     assert hardware_size(b"\xff\xd8\xff\xd9") is None
+
+
+SOUND = (jpeg(), jpeg(subsampling=0, dpi=(72, 72)), jpeg(subsampling=1, comment=b"a picture", restart_marker_blocks=4))
+
+
+@pytest.mark.parametrize("content", SOUND, ids=["4:2:0", "4:4:4", "4:2:2"])
+def test_pillow_is_not_asked_about_plain_files(content: bytes) -> None:
+    assert plain_size(content) == (120, 90)
+
+
+@given(
+    st.sampled_from(SOUND),
+    st.lists(
+        st.tuples(st.integers(2, 640), st.one_of(st.integers(0, 255), st.sampled_from((0xFF, 0xDA, 0xC0, 0)))),
+        max_size=4,
+    ),
+    st.one_of(st.none(), st.tuples(st.integers(2, 640), st.integers(0, 40))),
+)
+@example(SOUND[0], [(163, 0), (164, 0)], None)  # no height
+def test_what_looks_plain_is_what_pillow_says_it_is(
+    content: bytes, changes: list[tuple[int, int]], cut: tuple[int, int] | None
+) -> None:
+    changed = bytearray(content)
+    for place, value in changes:
+        changed[place] = value
+    if cut is not None:
+        del changed[cut[0] : cut[0] + cut[1]]
+    assert plain_size(bytes(changed)) in (None, pillow_size(bytes(changed)))
 
 
 @pytest.mark.parametrize("plan", [GPU, DecodePlan("exact", resizes_on_gpu=True)])
