@@ -118,7 +118,11 @@ def _figures(job: ScoreJob, watched: Watched) -> Entry:
         "rows_per_s_per_core": (steady or rate) / (job.cores or os.cpu_count() or 1),
         "ready_s": min((actor["ready_s"] for actor in watched.loaded), default=None),
         "first_score_s": watched.landed[0][0] if watched.landed else None,
-        "start_up": {"timings": watched.summary.get("timings", {}), "actors": watched.loaded},
+        "start_up": {
+            "timings": watched.summary.get("timings", {}),
+            "driver": watched.driver,
+            "actors": watched.loaded,
+        },
         "actors": watched.actors,
         "memory": watched.memory,
         "spilled_mib": watched.spilled_mib,

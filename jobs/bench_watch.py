@@ -38,7 +38,10 @@ _KINDS = (
     ("ray::", "other ray workers"),
     ("/ray/", "ray system"),
 )
+_ACTOR_STARTS = re.compile(r"^(\S+ \S+) \w+ score actor=(\w+) starts$", re.MULTILINE)
+_ACTOR_WAITED = re.compile(r"^(\S+ \S+) \w+ score actor=(\w+) (waited_s=.*)$", re.MULTILINE)
 _ACTOR_LOADED = re.compile(r"^(\S+ \S+) \w+ score actor=(\w+) (load_s=.*)$", re.MULTILINE)
+_DRIVER_LINE = re.compile(r"^(\d{4}-\S+ \S+) [A-Z]+ (.*)$", re.MULTILINE)
 _PHASE = re.compile(r"(\w+_s)=([\d.]+)")
 _ACTOR_FINAL = re.compile(r"score actor=(\w+) provider=(\S+) rows=(\d+) rows_per_s=(\d+) .*final=true")
 _SPILLED = re.compile(r"Spilled (\d+) MiB")
@@ -58,6 +61,8 @@ class Watched:
     gpu_memory_mib: float = 0.0
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     spilled_mib: float = 0.0
+    driver: dict[str, float] = field(default_factory=dict)
+    """Seconds since its start until the driver said its first line, and until its plan was made and Ray was there."""
     loaded: list[dict[str, Any]] = field(default_factory=list)
     actors: list[dict[str, Any]] = field(default_factory=list)
 
@@ -86,8 +91,10 @@ def watch(command: Sequence[str], output: Path, *, timeout_s: float, environment
     samples.take_parts()
     lines = (ray_folder / "stdout").read_text(errors="replace").strip().splitlines()
     summary = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    watched = Watched(process.returncode, wall_s, summary, (ray_folder / "stderr").read_text(errors="replace")[-4000:])
+    told = (ray_folder / "stderr").read_text(errors="replace")
+    watched = Watched(process.returncode, wall_s, summary, told[-4000:])
     samples.fill(watched)
+    watched.driver = _driver_marks(told, started_at)
     _read_logs(ray_folder / "ray" / "session_latest" / "logs", started_at, watched)
     shutil.rmtree(ray_folder, ignore_errors=True)
     return watched
@@ -231,13 +238,27 @@ def _folder_mib(session: Path) -> float:
     return round(total / _MIB, 1)
 
 
+def _since(stamp: str, started_at: float) -> float:
+    return round(datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp() - started_at, 1)
+
+
+def _driver_marks(told: str, started_at: float) -> dict[str, float]:
+    lines = _DRIVER_LINE.findall(told)
+    marks = {"speaks_s": _since(lines[0][0], started_at)} if lines else {}
+    planned = [stamp for stamp, line in lines if ": attempt " in line]
+    return marks | ({"planned_s": _since(planned[0], started_at)} if planned else {})
+
+
 def _read_logs(logs: Path, started_at: float, watched: Watched) -> None:
     """The scoring actors' own lines (the driver's copy may be cut off), and the raylet's count of what it spilled."""
     text = "\n".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
+    starts = {actor: _since(stamp, started_at) for stamp, actor in _ACTOR_STARTS.findall(text)}
+    waited = {actor: phases for _, actor, phases in _ACTOR_WAITED.findall(text)}
     for stamp, actor, phases in _ACTOR_LOADED.findall(text):
-        ready = datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp() - started_at
-        seconds = {name: float(value) for name, value in _PHASE.findall(phases)}
-        watched.loaded.append({"actor": actor, "ready_s": round(ready, 1), **seconds})
+        seconds = {name: float(value) for name, value in _PHASE.findall(waited.get(actor, "") + " " + phases)}
+        watched.loaded.append(
+            {"actor": actor, "starts_s": starts.get(actor), "ready_s": _since(stamp, started_at), **seconds}
+        )
     for actor, provider, rows, rate in _ACTOR_FINAL.findall(text):
         watched.actors.append({"actor": actor, "provider": provider, "rows": int(rows), "rows_per_s": int(rate)})
     for path in logs.glob("raylet*"):

@@ -5,6 +5,7 @@ Owns the sample and the reference's scores on it. The figures are `parity.py`'s,
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +35,10 @@ class Gate:
     @cached_property
     def _sample(self) -> list[BatchArrays]:
         return list(self._request.sample) or synthetic_sample(self._request)
+
+    @cached_property
+    def _timed(self) -> Sequence[BatchArrays]:
+        return self._request.timed() if self._request.timed is not None else ()
 
     @cached_property
     def reference_engine(self) -> Engine:
@@ -89,8 +94,8 @@ class Gate:
     def time(self, engine: Engine) -> float:
         """`rows_per_s`, measured now and not kept."""
         # Shapes are seen once before the clock starts.
-        batches = self._request.timed or self._sample
-        for arrays in self._request.timed:
+        batches = self._timed or self._sample
+        for arrays in self._timed:
             engine.forward(arrays)
         rows, start = 0, time.perf_counter()
         while (seconds := time.perf_counter() - start) < _TIMED_S:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from scoring.accounts import Range
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
+from scoring.engines.build import load_libraries
 from scoring.errors import DecoderError, EngineError, OutputError, ParityError, Stage, StalledError
 from scoring.features import FeatureBuilder
 from scoring.guard import Guard
@@ -305,9 +307,14 @@ class ScoringActor:
 
     def __init__(self, spec_json: str, config: ScoreConfig, predictor_hash: str, told: Mapping[str, Any]) -> None:
         _set_up_worker()
-        folder = fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash)
         # The last 8 of an actor's 32 digits are its job's: the same for every actor of a run.
         actor = ray.get_runtime_context().get_actor_id()[:12]
+        start = time.perf_counter()
+        logger.info("score actor=%s starts", actor)
+        # While the sample is drawn and graphs are built.
+        libraries = threading.Thread(target=load_libraries, name="libraries", daemon=True)
+        libraries.start()
+        folder = fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash)
         spec = FeatureSpec.from_json(spec_json)
         # Ray resolves a reference that is an argument, not one inside of them.
         sample = told["sample"] and ray.get(told["sample"])
@@ -315,6 +322,12 @@ class ScoringActor:
         _wait_for(told["built"])
         names = ("num_threads", "decode", "decisions", "rows_left", "journal")
         setup = ActorSetup(actor, sample=sample, reference=reference, **{name: told[name] for name in names})
+        # Two threads that import the same packages may each see half of one.
+        waited_s = time.perf_counter() - start
+        libraries.join()
+        logger.info(
+            "score actor=%s waited_s=%.1f libraries_s=%.1f", actor, waited_s, time.perf_counter() - start - waited_s
+        )
         self._scorer = Scorer(folder, spec, config, setup)
 
     def __call__(self, table: pa.Table) -> pa.Table:

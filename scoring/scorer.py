@@ -27,7 +27,7 @@ from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
 from scoring.errors import DecoderError, EngineError, Stage
 from scoring.features import FEATURE_PREFIX
-from scoring.flat import Logits
+from scoring.flat import BatchArrays, Logits
 from scoring.forward import Forward, engine_name
 from scoring.guard import Guard
 from scoring.journal import TIMEOUT_S, Journal
@@ -127,14 +127,15 @@ class Scorer:
         find_reference = self._setup.reference or (lambda: upstream_scores(request.predictor, self._spec, sample.raw))
         staged = self._staging.stage(sample.features)
         order = np.concatenate([batch.places for batch in staged.batches])
-        timed = []
-        if self._staging.on_gpu:
+
+        def timed() -> list[BatchArrays]:
             window = pa.concat_tables([sample.features] * max(1, _TIMED_ROWS // sample.features.num_rows))
-            timed = [batch.complete() for batch in self._staging.stage(window).batches]
+            return [batch.complete() for batch in self._staging.stage(window).batches]
+
         return replace(
             request,
             sample=[batch.complete() for batch in staged.batches],
-            timed=timed,
+            timed=timed if self._staging.on_gpu else None,
             reference=lambda: find_reference()[order],
         )
 

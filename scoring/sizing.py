@@ -17,10 +17,10 @@ IO_CPUS = 0.25
 
 # Seconds of a core a row on an H100's host: reading, tokens, columns and the way to the actor; decoding one JPEG of 34 KB to a
 # frame and shipping that.
-_ROW_CPU_S, _DECODE_CPU_S = 0.5e-3, 3.2e-3
-# Images a second of the GPU's JPEG engine beside a forward, and the cores that a scoring actor is busy with: both measured with
-# nvImageCodec (25,000 alone); nvJPEG called directly has 38,000 alone, and a whole job with it was not measured.
-_HARDWARE_RATE, _STAGING_CORES = 14_400.0, 4
+_ROW_CPU_S, _DECODE_CPU_S = 0.4e-3, 3.2e-3
+# Images a second of an H100's JPEG engines, decoded, resized and staged (37,000 decoded alone), and the cores that a scoring
+# actor is busy with.
+_HARDWARE_RATE, _STAGING_CORES = 35_000.0, 4
 
 
 @dataclass(frozen=True)

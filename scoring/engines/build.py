@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +54,7 @@ class EngineRequest:
     batch_rows: int = 256
     num_threads: int = 1
     sample: Sequence[BatchArrays] = ()
-    timed: Sequence[BatchArrays] = ()
+    timed: Callable[[], Sequence[BatchArrays]] | None = None
     """Micro-batches as the run will have them, for the clock (none: the sample's, which are smaller)."""
     reference: Callable[[], Scores] | None = None
     """Upstream's scores of the sample's rows, in its order; without it, or where it raises, the fp32 network's."""
@@ -76,6 +77,21 @@ class EngineRequest:
         rows, reference = sum(map(num_rows, self.sample[:1])), self.reference
         first = None if reference is None else lambda: reference()[:rows]
         return replace(self, sample=self.sample[:1], reference=first)
+
+
+def load_libraries() -> None:
+    """Import what engines need and wake the GPU, in a thread beside whatever else a process waits for: 5 s on an H100."""
+    # Whoever needs what is missing says so.
+    with suppress(ImportError):
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.zeros(1, device="cuda")
+        import onnxruntime
+
+        if on_gpu and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()
 
 
 def has_gpu() -> bool:
