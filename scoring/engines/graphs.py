@@ -28,6 +28,9 @@ class Graphs:
 
         self._run = run
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: torch has 32 streams and hands them out again, so that a new one a shape would soon be another thread's,
+        # whose work would be captured too instead of being done.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph | None] = {}
         # By place and shape: graphs run one after the other, and pixels of 512 rows are 77 MB.
         self._buffers: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
@@ -56,7 +59,7 @@ class Graphs:
                 for place, tensor in enumerate(tensors)
             ]
         try:
-            graph = _Graph(self._run, inputs, tensors, self._pool)
+            graph = _Graph(self._run, inputs, tensors, self._pool, self._stream)
         except RuntimeError as error:
             logger.warning(
                 "engine: a batch of %s cannot be captured as a CUDA graph, it runs without: %s", shape, error
@@ -80,12 +83,18 @@ class Graphs:
 class _Graph:
     """One captured forward: inputs are copied into its buffers, logits stay in its own."""
 
-    def __init__(self, run: Any, inputs: "list[torch.Tensor]", tensors: "list[torch.Tensor]", pool: Any) -> None:
+    def __init__(
+        self,
+        run: Any,
+        inputs: "list[torch.Tensor]",
+        tensors: "list[torch.Tensor]",
+        pool: Any,
+        side: "torch.cuda.Stream",
+    ) -> None:
         import torch
 
         self._inputs = inputs
         self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.inference_mode():
             self._fill(tensors)
