@@ -36,6 +36,9 @@ PART_KINDS = ("scores", "quarantine")
 _OPEN = "open"
 _TAKEN = "taken.json"
 _COMMIT = "commit"
+# What single actors leave beside decisions: why one could not begin; and why what it scored, and so what all of them did,
+# does not count.
+REFUSED, SPOILED, TAKEOVER = "refused-", "spoiled-", "takeover-"
 # Receipts are small files: on an object store each is a request.
 _READ_THREADS = 16
 
@@ -137,6 +140,11 @@ class AttemptFolder:
         """The same as they lie there."""
         names = [name for name in list_names(self.decisions_uri) if name.endswith(".json")]
         return {name: read_bytes(join(self.decisions_uri, name)) for name in names}
+
+    @property
+    def is_spoiled(self) -> bool:
+        """Whether rows that its actors scored turned out not to have the reference's scores."""
+        return any(name.startswith(SPOILED) for name in list_names(self.decisions_uri))
 
     @cached_property
     def taken(self) -> Taken:
@@ -259,6 +267,13 @@ class RunFolder:
         for attempt in earlier:
             attempt.close()
         last = next((attempt for attempt in reversed(earlier) if attempt.has_begun), None)
+        if last is not None and last.is_spoiled:
+            logger.warning(
+                "run %s: scores of attempt %s are not the reference's; all rows are scored anew",
+                self.run_id,
+                last.attempt,
+            )
+            last = None
         taken = Taken(tuple(last.receipts()), last.read_notes()) if last else first()
         decisions = {} if last is None or decides_anew else _settled_decisions(last)
         serial = sum(attempt.attempt.startswith(f"{hold.number:08d}-") for attempt in earlier)
@@ -344,5 +359,5 @@ def _settled_decisions(attempt: AttemptFolder) -> dict[str, bytes]:
     return {
         name: document
         for name, document in attempt.decision_files().items()
-        if not name.startswith(("refused-", "takeover-"))
+        if not name.startswith((REFUSED, SPOILED, TAKEOVER))
     }

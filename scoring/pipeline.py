@@ -31,6 +31,8 @@ from scoring.guard import Guard
 from scoring.images import ImageFetcher
 from scoring.journal import Journal
 from scoring.ledger import (
+    REFUSED,
+    SPOILED,
     AttemptFolder,
     RunFolder,
 )
@@ -482,7 +484,7 @@ def _sample_in_task(inputs: InputPlan, config: ScoreConfig, spec_json: str, deco
 def _raise_refusal(attempt: AttemptFolder, error: Exception) -> None:
     """Raise what a scoring actor died of, if it was an engine that it could not have."""
     for name, document in attempt.decisions().items():
-        if name.startswith("refused-"):
+        if name.startswith((REFUSED, SPOILED)):
             raise _REFUSALS.get(document["error"], EngineError)(document["message"]) from error
 
 

@@ -25,13 +25,13 @@ from scoring.engine import choose_engine, shared_engine
 from scoring.engines.base import Engine, EngineUnavailable
 from scoring.engines.build import EngineRequest, has_gpu
 from scoring.engines.cache import EngineCache
-from scoring.errors import DecoderError, EngineError, Stage
+from scoring.errors import DecoderError, EngineError, ParityError, Stage
 from scoring.features import FEATURE_PREFIX
 from scoring.flat import BatchArrays, Logits
 from scoring.forward import Forward, engine_name
 from scoring.guard import Guard
 from scoring.journal import TIMEOUT_S, Journal
-from scoring.ledger import takes_decisions
+from scoring.ledger import REFUSED, SPOILED, TAKEOVER, takes_decisions
 from scoring.meter import Meter
 from scoring.outputs import Outputs, score_fields
 from scoring.parity import Scores
@@ -43,6 +43,7 @@ from scoring.spec import FeatureSpec
 from scoring.staging import Staged, Staging
 from scoring.storage import join, write_bytes
 from scoring.takeover import Takeover
+from scoring.witness import Witness
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Scorer:
         sample_s = time.perf_counter() - start - load_s
         self._engine, self.decision = _decide(request, setup)
         self._outputs = Outputs(spec)
+        self._witness = self._call_witness(setup, config.parity.max_abs_diff)
         self._forward = Forward(self._engine, self._staging, max(1, len(spec.class_labels)))
         self._lock = threading.Lock()
         journal = Journal(setup.journal, timeout_s=setup.timeout_s) if setup.journal is not None else None
@@ -139,6 +141,11 @@ class Scorer:
             reference=lambda: find_reference()[order],
         )
 
+    def _call_witness(self, setup: ActorSetup, limit: float) -> Witness | None:
+        if setup.sample is None or setup.reference is None:
+            return None
+        return Witness(setup.sample.features, self._outputs, limit, setup.reference)
+
     def score(self, table: pa.Table) -> pa.Table:
         """Replace `feat:*` by the score columns and `engine`; same rows, same order.
 
@@ -151,6 +158,7 @@ class Scorer:
         staged = self._staging.stage(table)
         with self.meter.batch(table.num_rows, staged.seconds):
             rows, logits, bad, engine = self._run(staged)
+            self._check(table, rows, logits, engine)
         scored = table.drop_columns([name for name in table.column_names if name.startswith(FEATURE_PREFIX)])
         scored = mark_rows(
             scored, Stage.FEATURES, {row: (error.reason, str(error)) for row, error in staged.bad.items()}
@@ -159,6 +167,14 @@ class Scorer:
         for column, values in zip(score_fields(self._spec), self._outputs.columns(logits), strict=True):
             scored = scored.append_column(column, _scatter(values, rows, table.num_rows, column.type))
         return scored.append_column(ENGINE_COLUMN, pa.repeat(engine, table.num_rows))
+
+    def _check(self, table: pa.Table, rows: Rows, logits: Logits, engine: str) -> None:
+        if self._witness is None:
+            return
+        try:
+            self._witness.check(table, rows, logits, engine)
+        except ParityError as error:
+            raise _refused(error, self._setup, SPOILED) from None
 
     def _run(self, staged: Staged) -> tuple[Rows, Logits, dict[int, Verdict], str]:
         """Rows, logits and what is wrong with other rows, as `Forward` gives them, and the engine's name."""
@@ -186,7 +202,7 @@ class Scorer:
     def _note(self, rung: Rung | None) -> None:
         """Keep how a compiled engine fared beside the decision, for the manifest."""
         if rung is not None and self._setup.decisions is not None:
-            uri = join(self._setup.decisions, f"takeover-{self._setup.actor}.json")
+            uri = join(self._setup.decisions, f"{TAKEOVER}{self._setup.actor}.json")
             _tell(uri, {"actor": self._setup.actor, **asdict(rung)})
 
     def close(self) -> None:
@@ -210,11 +226,11 @@ def _decide(request: EngineRequest, setup: ActorSetup) -> tuple[Engine, EngineDe
         raise
 
 
-def _refused(error: EngineError, setup: ActorSetup) -> EngineError:
+def _refused(error: EngineError, setup: ActorSetup, kind: str = REFUSED) -> EngineError:
     """Ray hands the driver an actor's death, not its error: the driver reads this one and ends as it says."""
     if setup.decisions is not None:
         document = {"error": type(error).__name__, "message": str(error)}
-        _tell(join(setup.decisions, f"refused-{setup.actor}.json"), document)
+        _tell(join(setup.decisions, f"{kind}{setup.actor}.json"), document)
     return error
 
 

@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 GPU_ROWS, _CPU_ROWS = 512, 64
 _GPU_TOKENS = 128 * GPU_ROWS
 _PLACES = "places"
-# Before the forward's: a decoder's small kernels would wait for its large ones, one an image.
-_PRIORITY = -1
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Staging:
         import torch
 
         if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream(priority=_PRIORITY)  # type: ignore[no-untyped-call]
+            self._own.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._own.stream)
 
 

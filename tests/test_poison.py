@@ -15,10 +15,12 @@ import pyarrow as pa
 import pytest
 
 from scoring import features, scorer
-from scoring.errors import EngineError, Reason, ScoringError, Stage
+from scoring.errors import EngineError, ParityError, Reason, ScoringError, Stage
 from scoring.features import FeatureBuilder
 from scoring.guard import Guard
+from scoring.ledger import AttemptFolder, Taken
 from scoring.poison import MAX_HALVINGS, Fault, Rows, describe, fault_of, is_sticky, split
+from scoring.sample import Sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.spec import FeatureSpec, NumericalColumn
 from tests.flights import rows_table
@@ -309,6 +311,9 @@ class StubOutputs:
     def columns(self, logits: Any) -> list[Any]:
         return [logits[:, 0]]
 
+    def comparable(self, logits: Any) -> Any:
+        return logits
+
 
 @dataclass
 class StubDecision:
@@ -316,11 +321,13 @@ class StubDecision:
     reason: str = "told"
 
 
-def scorer_with(engine: StubEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scorer:
+def scorer_with(
+    engine: StubEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: ActorSetup | None = None
+) -> Scorer:
     monkeypatch.setattr(scorer, "has_gpu", lambda: False)
     monkeypatch.setattr(scorer, "_decide", lambda request, setup: (engine, StubDecision()))
     monkeypatch.setattr(scorer, "Outputs", StubOutputs)
-    return Scorer(tmp_path, NUMBERS, config(tmp_path, "batch.rows=64"), ActorSetup("test"))
+    return Scorer(tmp_path, NUMBERS, config(tmp_path, "batch.rows=64"), setup or ActorSetup("test"))
 
 
 def features_table(count: int) -> pa.Table:
@@ -420,6 +427,28 @@ def test_rows_given_up_before_are_not_touched(tmp_path: Path, monkeypatch: pytes
     scored = subject.score(marked)
     assert scored["prediction"].null_count == 3
     assert engine.submitted == []
+
+
+def test_an_engine_that_passed_and_then_scores_otherwise_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = StubEngine()
+    attempt = AttemptFolder(str(tmp_path), "1-a")
+    attempt.begin(Taken(), {})
+    features = features_table(10)
+    reference = np.array([[3 * row + 0.5] for row in range(10)], dtype=np.float32)
+    setup = ActorSetup(
+        "ab12", sample=Sample(features, features), reference=lambda: reference, decisions=attempt.decisions_uri
+    )
+    subject = scorer_with(engine, tmp_path, monkeypatch, setup)
+    assert bad_rows(subject.score(features_table(200)), 200) == {}
+    assert not attempt.is_spoiled
+    monkeypatch.setattr(engine, "_logits", lambda values: (3 * values + 0.6).astype(np.float32).reshape(-1, 1))
+    with pytest.raises(ParityError, match="10 rows of the sample differ"):
+        subject.score(features_table(200))
+    assert attempt.is_spoiled
+    assert attempt.decisions()["spoiled-ab12"]["error"] == "ParityError"
+    assert len(engine.submitted) == 8, "no row is to blame: nothing is split"
 
 
 def test_a_lost_gpu_is_no_rows_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

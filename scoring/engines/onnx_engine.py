@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
-from scoring.engines.graphs import Graphs
 from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
 from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
 from scoring.spec import FeatureSpec
@@ -75,8 +74,7 @@ class OnnxGpuEngine(GpuEngine):
     """ONNX Runtime with its CUDA or TensorRT provider; inputs and logits stay on the GPU between host copies.
 
     With images each row count has a session of its own: ONNX Runtime plans every convolution anew when the count changes,
-    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100. With the CUDA provider batches
-    are replayed as CUDA graphs: 29,100 rows/s instead of 26,800.
+    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100.
     """
 
     def __init__(
@@ -108,8 +106,6 @@ class OnnxGpuEngine(GpuEngine):
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._sessions = self._open_sessions()
         self._bound = {item.name for item in self._session_for(shapes.rows[-1]).get_inputs()}
-        is_captured = provider == "cuda" and str(options.get("enable_cuda_graph", "0")) == "0"
-        self._graphs = Graphs(self._run) if is_captured else None
 
     def _open_sessions(self) -> "dict[int, onnxruntime.InferenceSession]":
         """By row count; 0 is any."""
@@ -120,7 +116,7 @@ class OnnxGpuEngine(GpuEngine):
 
         if not self._is_planned:
             return {0: new_session()}
-        # 2 s each. All before the first batch: a session writes its weights, which must not come into another one's capture.
+        # 2 s each.
         first, *others = self._shapes.rows
         sessions = {first: new_session()}
         with ThreadPoolExecutor(max_workers=max(1, len(others))) as pool:
@@ -128,17 +124,16 @@ class OnnxGpuEngine(GpuEngine):
         return sessions | {rows: session.result() for rows, session in zip(others, opened, strict=True)}
 
     def _session_for(self, rows: int) -> "onnxruntime.InferenceSession":
-        # Rows past the largest shape come alone, as the gate's may.
+        # A batch is padded to one of the shapes; one past them all, which nothing makes, would be planned anew.
         key = min((count for count in self._sessions if count >= rows), default=max(self._sessions))
         return self._sessions[key]
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
-        """Flat tensors on the GPU -> logits there, valid until the next call; nothing passes through the host, and the host does
-        not wait."""
-        return self._run(tensors) if self._graphs is None else self._graphs(tensors)
-
-    def _run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""
         import torch
+
+        # Not as a CUDA graph: beside threads that decode, 25 of 512 rows flipped, though each graph had been checked when it was
+        # captured. 29,100 rows/s instead of 26,800 alone, and no more where the decoder is the bound.
 
         session = self._session_for(len(tensors[0]))
         binding = session.io_binding()
@@ -156,8 +151,6 @@ class OnnxGpuEngine(GpuEngine):
 
     def close(self) -> None:
         """See `Engine.close`."""
-        if self._graphs is not None:
-            self._graphs.clear()
         self._sessions.clear()
 
 
