@@ -36,7 +36,7 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
 
     if not has_gpu():
         return {"unavailable": "no GPU: there are no two halves to profile"}
-    actor = _Actor(job, predictor)
+    actor = ActorInProcess(job, predictor)
     entry: Entry = {"window_rows": actor.table.num_rows, "calls": actor.calls, "images_per_window": actor.num_images}
     entry["staging"] = actor.rate(lambda: actor.staging.stage(actor.table))
     for names in (used, ["torch-compiled-fp16-"]):
@@ -53,7 +53,7 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
     return entry
 
 
-class _Actor:
+class ActorInProcess:
     """A window of the job's rows, and what a scoring actor does with it."""
 
     def __init__(self, job: ScoreJob, predictor: Any) -> None:

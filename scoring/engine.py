@@ -271,7 +271,7 @@ def optimize_for_inference(
         precision=precision,
         batch_rows=batch_rows,
         num_threads=_num_threads(),
-        sample=arrays,
+        sample=lambda: arrays,
         max_abs_diff=max_abs_diff,
     )
     engine, decision = choose_engine(request) if providers is None else _first_of(request, providers)

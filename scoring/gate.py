@@ -34,7 +34,11 @@ class Gate:
 
     @cached_property
     def _sample(self) -> list[BatchArrays]:
-        return list(self._request.sample) or synthetic_sample(self._request)
+        return self._own_sample or synthetic_sample(self._request)
+
+    @cached_property
+    def _own_sample(self) -> list[BatchArrays]:
+        return list(self._request.sample()) if self._request.sample is not None else []
 
     @cached_property
     def _timed(self) -> Sequence[BatchArrays]:
@@ -67,7 +71,7 @@ class Gate:
         return self._reference
 
     def _find_reference(self) -> Scores:
-        if self._request.reference is not None and self._request.sample:
+        if self._request.reference is not None and self._own_sample:
             try:
                 scores = self._request.reference()
             except Exception as error:

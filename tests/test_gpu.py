@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import engines, gpu, pixels
+from tests import beside, engines, gpu, pixels
 from tests.predictors import Predictor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -63,3 +63,11 @@ def test_pixels_of_every_way_are_pillows_and_all_find_the_same_bad_rows(tmp_path
         assert found[way]["equal"] >= least, way
         assert found[way]["max"] <= most, way
         assert found[way]["same_bad"], way
+
+
+def test_threads_beside_each_other_score_as_one_alone(tmp_path: Path) -> None:
+    gpu_name()
+    found = beside.check(tmp_path)
+    print(found)
+    assert found["windows"] > found["calls"]
+    assert found["alone"] == found["beside"] == {"pixels": 0, "logits": 0}

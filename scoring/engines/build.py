@@ -40,7 +40,7 @@ DEFAULT_CACHE = "~/.cache/multimodal-scorer"
 class EngineRequest:
     """What an engine is wanted for.
 
-    `sample` are micro-batches of the run's own rows, for the gate and the clock; `rows_left` what remains to be scored on
+    `sample` gives micro-batches of the run's own rows, for the gate and the clock; `rows_left` what remains to be scored on
     this device (None: unknown, and any build pays).
     """
 
@@ -53,7 +53,7 @@ class EngineRequest:
     precision: str = "auto"
     batch_rows: int = 256
     num_threads: int = 1
-    sample: Sequence[BatchArrays] = ()
+    sample: Callable[[], Sequence[BatchArrays]] | None = None
     timed: Callable[[], Sequence[BatchArrays]] | None = None
     """Micro-batches as the run will have them, for the clock (none: the sample's, which are smaller)."""
     reference: Callable[[], Scores] | None = None
@@ -74,9 +74,11 @@ class EngineRequest:
 
     def head(self) -> "EngineRequest":
         """The same with the sample's first batch alone."""
-        rows, reference = sum(map(num_rows, self.sample[:1])), self.reference
-        first = None if reference is None else lambda: reference()[:rows]
-        return replace(self, sample=self.sample[:1], reference=first)
+        sample, reference = self.sample, self.reference
+        if sample is None:
+            return self
+        rows = None if reference is None else lambda: reference()[: sum(map(num_rows, sample()[:1]))]
+        return replace(self, sample=lambda: sample()[:1], reference=rows)
 
 
 def load_libraries() -> None:
