@@ -57,7 +57,6 @@ class ActorInProcess:
     """A window of the job's rows, and what a scoring actor does with it."""
 
     def __init__(self, job: ScoreJob, predictor: Any) -> None:
-        from scoring.config import load_config
         from scoring.decoding import DecodePlan
         from scoring.engines.build import EngineRequest
         from scoring.engines.cache import EngineCache
@@ -65,15 +64,7 @@ class ActorInProcess:
         from scoring.sizing import size_flow, size_pools
         from scoring.staging import GPU_ROWS, Staging
 
-        settings = {"engine.cache": str(job.cache), **job.settings}
-        flags = {
-            "input.paths": [str(path) for path in job.inputs],
-            "predictor.path": str(job.predictor),
-            "output.path": str(job.work),
-        }
-        config = load_config(
-            file=None, flags=flags, overrides=[f"{key}={value}" for key, value in settings.items()], cwd=Path.cwd()
-        )
+        config = job.config(job.work)
         self._spec = extract_spec(predictor)
         plan = DecodePlan("gpu", resizes_on_gpu=True)
         flow = size_flow(

@@ -20,6 +20,8 @@ from jobs.bench_watch import Watched, watch
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scoring.config import ScoreConfig
+
 logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
@@ -47,6 +49,19 @@ class ScoreJob:
     @property
     def cache(self) -> Path:
         return self.work / "cache"
+
+    def config(self, output: Path) -> "ScoreConfig":
+        """What `command` comes to, less its cores."""
+        from scoring.config import load_config
+
+        settings = {"engine.cache": str(self.cache), **self.settings}
+        flags = {
+            "input.paths": [str(path) for path in self.inputs],
+            "predictor.path": str(self.predictor),
+            "output.path": str(output),
+        }
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        return load_config(file=None, flags=flags, overrides=overrides, cwd=Path.cwd())
 
     def command(self, output: Path) -> list[str]:
         settings: dict[str, object] = {"engine.cache": self.cache, **self.settings}

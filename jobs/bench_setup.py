@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GPU_ROWS, _CPU_ROWS, _QUICK_ROWS = 300_000, bench_data.SHARD_ROWS, 256
-_COMPARED_ROWS = 512
+_COMPARED_ROWS = 2_000
 _REPEATS = 3
 
 

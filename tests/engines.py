@@ -100,9 +100,11 @@ def compare_engines(subject: Subject) -> dict[str, Any]:
     from scoring.takeover import Takeover
 
     batches, wanted = subject.batches_and_reference()
-    gate = Gate(subject.request(sample=batches, reference=lambda: wanted))
+    gate = Gate(subject.request(sample=lambda: batches, reference=lambda: wanted))
     table: dict[str, Any] = {}
-    for name, build in _ways(subject.request(sample=batches), is_usual=subject.name in ("seed", "preset")).items():
+    for name, build in _ways(
+        subject.request(sample=lambda: batches), is_usual=subject.name in ("seed", "preset")
+    ).items():
         try:
             engine = build()
             table[name] = gate.parity(engine).to_dict()
@@ -111,7 +113,9 @@ def compare_engines(subject: Subject) -> dict[str, Any]:
             table[name] = {"failed": f"{type(error).__name__}: {error}"[:400]}
     try:
         # So many rows that an export pays and, on a GPU, a compile does not.
-        engine, decision = choose_engine(subject.request(sample=batches, reference=lambda: wanted, rows_left=500_000))
+        engine, decision = choose_engine(
+            subject.request(sample=lambda: batches, reference=lambda: wanted, rows_left=500_000)
+        )
         if isinstance(engine, Takeover):
             engine.settle(wait=True)
         table["auto"] = {"chosen": decision.name, "rungs": [str(rung) for rung in decision.rungs]}
@@ -263,7 +267,7 @@ def mistrust(subject: Subject) -> dict[str, Any]:
         onnx.save(model, str(path))
         return path
 
-    request = subject.request(sample=subject.batches(), provider="cpu")
+    request = subject.request(sample=subject.batches, provider="cpu")
     building.build_graph = dishonest  # type: ignore[assignment]
     try:
         choose_engine(request)

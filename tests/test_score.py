@@ -152,8 +152,9 @@ def bad_photos(zoo: Mapping[str, Predictor], tmp_path_factory: pytest.TempPathFa
     return folder / "rows.parquet"
 
 
-def test_zero_scores_a_black_image_and_default_mode_the_neighbour_where_ours_quarantines(
-    score: ScoreCommand, zoo: Mapping[str, Predictor], bad_photos: Path, tmp_path: Path
+@pytest.mark.slow
+def test_upstream_scores_a_black_image_or_the_neighbour_where_ours_quarantines(
+    zoo: Mapping[str, Predictor], bad_photos: Path
 ) -> None:
     zero = predictors.reference(zoo["image_only"].path, bad_photos, default_mode=True).to_pandas()
     assert zero.loc[7, "proba_1"] == pytest.approx(zero.loc[8, "proba_1"], abs=1e-6), (
@@ -163,6 +164,11 @@ def test_zero_scores_a_black_image_and_default_mode_the_neighbour_where_ours_qua
     assert len(skip) == 40
     assert skip.loc[7, "proba_1"] == pytest.approx(skip.loc[9, "proba_1"], abs=1e-6), "row 7 has row 9's score"
     assert skip.loc[8, "proba_1"] == pytest.approx(skip.loc[9, "proba_1"], abs=1e-6), "row 8 has row 9's score"
+
+
+def test_a_bad_image_is_quarantined_with_its_reason_and_the_limit_holds(
+    score: ScoreCommand, zoo: Mapping[str, Predictor], bad_photos: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     arguments: list[Any] = ["--input", bad_photos, "--predictor", zoo["skip_images"].path, "--output", output]
     refused = score(*arguments)
