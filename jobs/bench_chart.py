@@ -19,7 +19,8 @@ _LABELS = {
     "D-gpu": "D: ours, pixels on the GPU",
     "L": "L: forward alone",
     "P": "P: preprocessing alone",
-    "text": "ours, long texts, no images",
+    "text": "ours, no images",
+    "long-text": "ours, long texts, no images",
 }
 _GREY, _BLUE, _PALE = "#8a8f98", "#2f6fde", "#b9c9ea"
 
@@ -134,7 +135,7 @@ def _draw_rates(document: Mapping[str, Any], path: Path) -> Path | None:
     from matplotlib import pyplot as plt
 
     parts = document["parts"]
-    names = [name for name in _LABELS if "rows_per_s" in parts.get(name, {}) and name != "text"]
+    names = [name for name in _LABELS if "rows_per_s" in parts.get(name, {}) and name not in ("text", "long-text")]
     if not names:
         return None
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(names) + 1.5))

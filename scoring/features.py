@@ -28,6 +28,7 @@ from scoring.errors import Reason, Stage
 from scoring.images import BadImageError, ImageFetcher, Reference, split_references
 from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn, TextModel
 from scoring.storage import redact
+from scoring.words import WordTokenizer, splits_into_words
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ class TokenSequences:
         self._tokenizer = Tokenizer.from_str(model.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._words = WordTokenizer(self._tokenizer) if splits_into_words(model.tokenizer_json) else None
 
     def build(self, texts: dict[str, list[str]]) -> tuple[list[list[int]], list[list[int]]]:
         """Texts by column, each n long -> n token id lists and n segment id lists, at most `max_len` long."""
@@ -250,6 +252,8 @@ class TokenSequences:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if self.model.normalize:
             texts = [normalize_text(text) for text in texts]
+        if self._words is not None:
+            return self._words.encode(texts)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _sequence(self, fields: Sequence[list[int]]) -> tuple[list[int], list[int]]:
