@@ -33,7 +33,7 @@ _NUM_SIZED_IMAGES = 400
 _SPREAD = 0.7
 _MAX_WORDS = 800
 _RARE_SHARE = 0.1
-_NUM_RARE = 400
+_NUM_RARE = 20_000
 _SYLLABLES = ("ba", "cor", "den", "fi", "gul", "ka", "lim", "mo", "nar", "pe", "qui", "rho", "sta", "ton", "vex", "zu")
 
 Images = Literal["measured", "sizes", "none"]
