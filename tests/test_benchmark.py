@@ -96,6 +96,9 @@ def test_a_quick_run_fails_on_scores_that_differ_and_on_parts_without_figures() 
     assert failed(True, {"unavailable": "no engine"}) == ["D-exact: no engine"]
     assert not failed(False, differing), "fp16 and fast pixels differ by more: reported, not refused"
     assert not failed(False, {"unavailable": "no engine"})
+    # As one run on an H100 had it, and ended with 0.
+    assert "by 0.395 over 10 rows, the limit is 0.01" in failed(False, {**GOOD, "max_abs_diff": 0.395})[0]
+    assert failed(False, {**GOOD, "max_abs_diff": None}), "rows that could not be matched are not upstream's"
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:

@@ -132,9 +132,8 @@ class OnnxGpuEngine(GpuEngine):
         """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""
         import torch
 
-        # Not as a CUDA graph: beside threads that decode, 25 of 512 rows flipped, though each graph had been checked when it was
-        # captured. 29,100 rows/s instead of 26,800 alone, and no more where the decoder is the bound.
-
+        # Not replayed as CUDA graphs, which gave 29,100 rows/s instead of 26,800 alone: the one job that did so, with other
+        # changes beside them, gave 25 of 512 rows another label, and which change it was is not known.
         session = self._session_for(len(tensors[0]))
         binding = session.io_binding()
         for item, tensor in zip(self._inputs, tensors, strict=True):
