@@ -147,7 +147,9 @@ class Staging:
         import torch
 
         if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            # Before the forward's kernels, each of which fills the GPU. Torch hands out 32 streams of each priority, again and
+            # again: one of the usual priority could be the one that a CUDA graph is being captured on.
+            self._own.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._own.stream)
 
 
