@@ -95,7 +95,9 @@ def watch(command: Sequence[str], output: Path, *, timeout_s: float, environment
     watched = Watched(process.returncode, wall_s, summary, told[-4000:])
     samples.fill(watched)
     watched.driver = _driver_marks(told, started_at)
-    _read_logs(ray_folder / "ray" / "session_latest" / "logs", started_at, watched)
+    logs = ray_folder / "ray" / "session_latest" / "logs"
+    _read_logs(logs, started_at, watched)
+    _keep_logs([ray_folder / "stderr", *logs.glob("worker-*.err")], output.parent / "logs")
     shutil.rmtree(ray_folder, ignore_errors=True)
     return watched
 
@@ -236,6 +238,15 @@ def _folder_mib(session: Path) -> float:
         with suppress(OSError):  # Ray removes them as it reads them back
             total += path.stat().st_size
     return round(total / _MIB, 1)
+
+
+def _keep_logs(files: Sequence[Path], folder: Path) -> None:
+    """What the last command and its workers said, for whoever asks where the time went."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in files:
+        if file.stat().st_size:
+            shutil.copy(file, folder / file.name)
 
 
 def _since(stamp: str, started_at: float) -> float:

@@ -7,6 +7,7 @@ forward.
 
 import ctypes
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,16 +17,18 @@ import pyarrow as pa
 
 from scoring.decoding import ENCODED, FRAME, PIXELS
 from scoring.features import feature_name
+from scoring.frames import BUFFER_BYTES, FrameMemory, Reached
 from scoring.images import BadImageError, decode_image
 from scoring.resample import Frames, Sizes, resize_frames
 from scoring.spec import ImageModel
+from scoring.streams import record_event
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-# Images decoded before they are resized: their frames take 0.5 MB each.
+# Images decoded before they are resized, as far as their frames fit into a buffer.
 _DECODED_AT_ONCE = 512
 _ALIGNMENT = 256
 
@@ -55,7 +58,10 @@ class Decoder(Protocol):
     """Decodes JPEGs on the device, from any thread."""
 
     def decode(self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: Any) -> npt.NDArray[np.bool_]:
-        """Write each image's RGB pixels to its frame, in order with `stream`'s work; which could be read."""
+        """Write each image's RGB pixels to its frame, where they are for later work on `stream`; which could be read.
+
+        It may write before `stream` has done what it was given earlier.
+        """
 
 
 class DeviceImages:
@@ -97,6 +103,7 @@ class ImageStage:
         self._device = torch.device(device)
         self._max_pixels = max_pixels
         self._decoder = decoder
+        self._frames = FrameMemory(self._device, record_event if self._device.type == "cuda" else Reached)
 
     def load(self, table: pa.Table) -> tuple[DeviceImages, dict[int, BadImageError]]:
         """The table's images on the device, and the rows with one that cannot be decoded after all.
@@ -139,24 +146,21 @@ class ImageStage:
     def _decode_all(self, images: Images, pixels: "torch.Tensor") -> Images:
         """Decode on the hardware and resize; returns what it could not read."""
         is_good = np.ones(len(images), dtype=bool)
-        for start in range(0, len(images), _DECODED_AT_ONCE):
-            chunk = slice(start, start + _DECODED_AT_ONCE)
+        for chunk in _chunks(_frame_bytes(images)):
             is_good[chunk] = self._decode(images.take(np.arange(len(images))[chunk]), pixels)
         return images.take(~is_good)
 
     def _decode(self, images: Images, pixels: "torch.Tensor") -> npt.NDArray[np.bool_]:
         import torch
 
-        sizes = images.widths * images.heights * 3
-        ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
-        buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self._device)
+        ends = np.cumsum(_frame_bytes(images))
         starts = np.concatenate([[0], ends[:-1]])
-        frames = Frames(buffer.data_ptr() + starts, images.widths * 3, images.widths, images.heights)
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
         assert self._decoder is not None, "encoded images are shipped only where the plan says gpu"
-        is_good = self._decoder.decode(images.addresses, images.lengths, frames, stream)
-        # The buffer is this stream's: it is not used again before the resize has read it.
-        resize_frames(frames.take(is_good), self._model, images.slots[is_good], pixels)
+        with self._frames.lend(int(ends[-1])) as buffer:
+            frames = Frames(buffer.data_ptr() + starts, images.widths * 3, images.widths, images.heights)
+            is_good = self._decoder.decode(images.addresses, images.lengths, frames, stream)
+            resize_frames(frames.take(is_good), self._model, images.slots[is_good], pixels)
         return is_good
 
     def _decode_exactly(self, images: Images, pixels: "torch.Tensor", bad: dict[int, BadImageError]) -> None:
@@ -209,6 +213,23 @@ class ImageStage:
         frames = Frames(addresses, framed.widths * 3, framed.widths, framed.heights)
         # On the current stream, as `on_device` is: its memory is not used again before that is done.
         resize_frames(frames, self._model, framed.slots, pixels)
+
+
+def _frame_bytes(images: Images) -> Sizes:
+    sizes: Sizes = -(-images.widths * images.heights * 3 // _ALIGNMENT) * _ALIGNMENT
+    return sizes
+
+
+def _chunks(sizes: Sizes) -> Iterator[slice]:
+    """Images that are decoded together: as many as a buffer holds, at least one."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        limit = BUFFER_BYTES + (int(ends[start - 1]) if start else 0)
+        fitting = int(np.searchsorted(ends, limit, side="right"))
+        stop = max(start + 1, min(start + _DECODED_AT_ONCE, fitting))
+        yield slice(start, stop)
+        start = stop
 
 
 def _runs(addresses: Sizes, lengths: Sizes, starts: Sizes) -> "list[tuple[int, int, int]]":

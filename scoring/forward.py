@@ -16,6 +16,7 @@ from scoring.errors import Reason
 from scoring.flat import Logits
 from scoring.poison import Fault, Rows, Verdict, fault_of, split
 from scoring.staging import Batch, Staged, Staging
+from scoring.streams import new_stream, record_event
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ class Forward:
         self._width = width
         # On CUDA's default stream each step would wait for the streams of other threads that are not torch's (nvJPEG's), and
         # they for it.
-        self._stream = _new_stream() if staging.on_gpu else None
+        self._stream = new_stream() if staging.on_gpu else None
 
     def submit(self, staged: Staged) -> Submitted:
         """Hand all batches to the engine; a GPU is not waited for."""
@@ -107,10 +108,7 @@ class Forward:
             return logits.numpy(), None
         host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
         host.copy_(logits, non_blocking=True)
-        # It sleeps while it waits: a spinning one takes a core from the feature workers.
-        ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        ready.record()
-        return host.numpy(), ready
+        return host.numpy(), record_event()
 
     def rescue(self, submitted: Submitted) -> tuple[Rows, Logits, dict[int, Verdict]]:
         """What `wait` found something wrong with, the slow way: failed batches in halves, and rows that are not finite alone.
@@ -174,12 +172,6 @@ class Forward:
             message = f"the model's output is not finite on {engine_name(self._engine)}"
             return {int(batch.places[0]): (Reason.SCORE_NONFINITE, message)}
         return bad
-
-
-def _new_stream() -> "torch.cuda.Stream":
-    import torch
-
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _join(places: Sequence[Rows]) -> Rows:

@@ -227,7 +227,11 @@ class PreparerActor(Preparer):
 def _extract_spec(preparer: Any, predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
     """Extract the spec in a process of its own and keep it: the driver never imports AutoGluon."""
     logger.info("predictor %s: extracting its feature spec (imports AutoGluon, about 30 s, once)", predictor_hash[:12])
-    spec = FeatureSpec.from_json(ray.get(preparer.spec.remote()))
+    extracted = preparer.spec.remote()
+    # It goes on at once with what the actors will wait for: 15 s on an H100's host.
+    for_gpu = size_pools(config, _nodes()).gpus_per_actor > 0
+    preparer.build.remote(extracted, for_gpu=for_gpu, rtx_capabilities=_rtx_capabilities())
+    spec = FeatureSpec.from_json(ray.get(extracted))
     store_spec(spec, predictor_hash, config.engine.cache)
     return spec
 

@@ -26,6 +26,7 @@ from scoring.images import BadImageError
 from scoring.nvjpeg import JpegDecoder
 from scoring.poison import MAX_HALVINGS, Rows
 from scoring.spec import FeatureSpec, ImageModel
+from scoring.streams import new_stream, record_event
 from scoring.upload import upload
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Staging:
             batches = [Batch(usable[places], arrays, images, model) for places, arrays in cut]
             if self._shapes is not None:
                 batches = _upload(batches, self._shapes)
-                _wait()
+                record_event().synchronize()
             if images is not None:
                 images.settle()
         return Staged(batches, bad, time.perf_counter() - start, halvings)
@@ -147,9 +148,8 @@ class Staging:
         import torch
 
         if not hasattr(self._own, "stream"):
-            # Before the forward's kernels, each of which fills the GPU. Torch hands out 32 streams of each priority, again and
-            # again: one of the usual priority could be the one that a CUDA graph is being captured on.
-            self._own.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+            # The forward's kernels fill the GPU, each of them.
+            self._own.stream = new_stream(comes_first=True)
         return torch.cuda.stream(self._own.stream)
 
 
@@ -164,12 +164,3 @@ def _upload(batches: Sequence[Batch], shapes: Shapes) -> list[Batch]:
             arrays |= pad_arrays({_PLACES: places}, rows, 0)
         padded.append(arrays)
     return [replace(batch, on_gpu=tensors) for batch, tensors in zip(batches, upload(padded, CUDA), strict=True)]
-
-
-def _wait() -> None:
-    """Until the current stream is done, asleep: a wait that spins takes a core from the feature workers."""
-    import torch
-
-    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    done.record()
-    done.synchronize()

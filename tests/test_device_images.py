@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pyarrow as pa
+import pytest
 
+from scoring import device_images
 from scoring.columns import MARK_FIELDS, SOURCE_ROW
 from scoring.config import ImagesConfig
 from scoring.decoding import DecodePlan
@@ -100,6 +102,16 @@ def compare() -> dict[str, Any]:
 def _spec() -> FeatureSpec:
     column = ImageColumn("Images", "image_bytearray")
     return FeatureSpec("y", "binary", (0, 1), (), (), (), (column,), (), (), (), (MODEL,), False)
+
+
+def test_images_are_decoded_together_as_far_as_a_buffer_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_images, "BUFFER_BYTES", 1_000)
+    monkeypatch.setattr(device_images, "_DECODED_AT_ONCE", 3)
+    sizes = np.array([400, 600, 1, 2_000, 500, 500, 10, 10, 10, 10])
+    chunks = [list(sizes[chunk]) for chunk in device_images._chunks(sizes)]
+    # One that is too large has a buffer of its own; never more than three.
+    assert chunks == [[400, 600], [1], [2_000], [500, 500], [10, 10, 10], [10]]
+    assert list(device_images._chunks(sizes[:0])) == []
 
 
 def test_every_way_gives_the_same_pixels_and_what_the_decoder_cannot_read_goes_to_pillow() -> None:

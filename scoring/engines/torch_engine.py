@@ -1,6 +1,6 @@
 """The torch engines: the predictor's own network, eager (fp32 is the reference) or compiled with CUDA graphs.
 
-Owns devices, copies to them and graph capture. `CompiledEngine` is compiled once for free row and token counts and captures
+Owns devices and copies to them. `CompiledEngine` is compiled once for free row and token counts and captures
 one CUDA graph a shape: a compile a shape took 19 to 29 s, twelve of them five minutes; a capture takes under a second.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scoring.engines.base import EngineUnavailable, Shapes, alike, num_rows, num_tokens, pad_arrays
+from scoring.engines.graphs import Graphs
 from scoring.flat import ROWS, TOKENS, BatchArrays, Logits, Precision, describe_inputs, flat_model, synthetic_arrays
 from scoring.spec import FeatureSpec
 
@@ -166,9 +167,8 @@ class CompiledEngine(GpuEngine):
         self._model = flat_model(predictor, spec, precision).to(CUDA)
         # Convolutions in half want it.
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
         self._compiled = torch.compile(self._model)
+        self._graphs = Graphs(lambda tensors: self._compiled(*tensors))
         arrays = synthetic_arrays(spec, rows=shapes.rows[-1], tokens=shapes.tokens[-1] if shapes.tokens else 0)
         tensors = [to_tensor(arrays[name], CUDA) for name in self._names]
         # Rows and tokens alone are free: with dynamic=True the pixels' height and width would be too (30 % slower).
@@ -183,45 +183,9 @@ class CompiledEngine(GpuEngine):
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors of one of the engine's shapes, on the GPU -> logits there, valid until the next call."""
-        key = tuple(tuple(tensor.shape) for tensor in tensors)
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self._compiled, tensors, self._pool)
-        return self._graphs[key].replay(tensors)
+        return self._graphs(tensors)
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._graphs.clear()
         del self._compiled, self._model
-
-
-class _Graph:
-    """One captured forward: inputs are copied into its buffers, logits stay in its own."""
-
-    def __init__(self, model: Any, tensors: "list[torch.Tensor]", pool: Any) -> None:
-        import torch
-
-        self._inputs = [tensor.clone() for tensor in tensors]
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.inference_mode():
-            for _ in range(2):  # cuBLAS and cuDNN make their workspaces at a first call, which cannot be captured
-                model(*self._inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile (a reader's allocation) does not spoil the capture.
-        with (
-            torch.inference_mode(),
-            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
-        ):
-            self._logits = model(*self._inputs)
-
-    def replay(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
-        import torch
-
-        # The buffers may have been made in inference mode, which alone may write to them then.
-        with torch.inference_mode():
-            for buffer, tensor in zip(self._inputs, tensors, strict=True):
-                buffer.copy_(tensor, non_blocking=True)
-            self._graph.replay()
-        logits: torch.Tensor = self._logits
-        return logits
