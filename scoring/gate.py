@@ -7,16 +7,20 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scoring.decision import Rung
 from scoring.engines.base import Engine, num_rows
 from scoring.engines.build import EngineRequest, has_gpu, synthetic_sample
-from scoring.flat import BatchArrays
+from scoring.flat import BatchArrays, Logits
 from scoring.outputs import Outputs
 from scoring.parity import Parity, Scores, compare
 from scoring.rates import known_rate, measured_rate
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,18 @@ class Gate:
     def parity(self, engine: Engine) -> Parity:
         """The engine against the reference on every row of the sample."""
         return compare(self.reference(), self._scores(engine))
+
+    def difference(self, wanted: "Logits | torch.Tensor", found: "Logits | torch.Tensor") -> str | None:
+        """What is wrong with `found`, logits of rows of which an engine that had passed says `wanted`; None where nothing is."""
+        parity = compare(*(self._outputs.comparable(_on_host(logits)) for logits in (wanted, found)))
+        # Each may differ from the reference by the limit.
+        limit = 2 * self._request.max_abs_diff
+        if not parity.non_finite and parity.max_abs_diff <= limit:
+            return None
+        return (
+            f"{parity.non_finite} of {parity.rows} rows are not finite, the others differ by up to "
+            f"{parity.max_abs_diff:.2e}, limit {limit:g}"
+        )
 
     def reference(self) -> Scores:
         """The reference's scores of the sample."""
@@ -118,3 +134,8 @@ class Gate:
         rate = self.time(engine) if anew else self.rows_per_s(engine)
         reason = f"max difference {parity.max_abs_diff:.1e} on {parity.rows} rows"
         return Rung(engine.provider, engine.precision, "usable", reason, round(rate, 1), **common)  # type: ignore[arg-type]
+
+
+def _on_host(logits: "Logits | torch.Tensor") -> Logits:
+    on_host: Logits = logits if isinstance(logits, np.ndarray) else logits.cpu().numpy()
+    return on_host.reshape(len(on_host), -1)

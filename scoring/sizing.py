@@ -15,9 +15,9 @@ _MIB = 2**20
 # Reads and writes are short and mostly wait for storage; a whole CPU each would starve the pools on small machines.
 IO_CPUS = 0.25
 
-# Seconds of a core a row on an H100's host: reading, tokens, columns and the way to the actor; decoding one JPEG of 34 KB to a
-# frame and shipping that.
-_ROW_CPU_S, _DECODE_CPU_S = 0.4e-3, 3.2e-3
+# Seconds of a core a row on an H100's host: reading, tokens and columns (0.22 and 0.26 ms on two of them) and the way to the
+# actor; decoding one JPEG of 34 KB to a frame and shipping that.
+_ROW_CPU_S, _DECODE_CPU_S = 0.3e-3, 3.2e-3
 # Images a second of an H100's JPEG engines, decoded, resized and staged (37,000 decoded alone), and the cores that a scoring
 # actor is busy with.
 _HARDWARE_RATE, _STAGING_CORES = 35_000.0, 4
@@ -25,7 +25,7 @@ _HARDWARE_RATE, _STAGING_CORES = 35_000.0, 4
 
 @dataclass(frozen=True)
 class _Size:
-    """Rows a block of features and a window of scoring, the MiB at which Ray closes a block, and calls in flight an actor.
+    """Rows a block of features and a window of scoring, and the MiB at which Ray closes a block.
 
     A block should be 1 to 1.5 times as large as that: Ray cuts larger ones and joins smaller ones at odd row counts, and each
     window then leaves a small one behind.
@@ -34,16 +34,15 @@ class _Size:
     block_rows: int
     window_rows: int
     block_mib: int
-    calls: int
 
 
 # A window is sorted by length and keeps the decoder full: the larger the better, as far as memory goes. A row is 0.16 MB
 # where the GPU decodes most images, 0.15 as pixels, 0.5 as a frame, 0.6 KB without an image.
-#
-# Calls: one window in the forward, two at the decoders, one being copied and cut; nvJPEG's wait for each image, and six of them
-# gave 27,700 rows/s where four gave 25,300.
-_SIZES = {"gpu": _Size(512, 4_096, 64, 6), "fast": _Size(512, 4_096, 64, 4), "exact": _Size(128, 1_024, 48, 4)}
-_PLAIN = _Size(4_096, 8_192, 2, 4)
+_SIZES = {"gpu": _Size(512, 4_096, 64), "fast": _Size(512, 4_096, 64), "exact": _Size(128, 1_024, 48)}
+_PLAIN = _Size(4_096, 8_192, 2)
+# One window in the forward, two at the decoders, one being copied and cut. On an H100 six gave 18,600 rows/s in one process and
+# four 23,300: each launch of the forward waits for its turn at the driver.
+_GPU_CALLS = 4
 # On the CPU. Without images rows are narrow, and a block is what a killed driver loses: 16 MiB of them were 20,000 rows.
 _CPU_IMAGE_BYTES, _CPU_PLAIN_BYTES = 16 * _MIB, _MIB // 4
 _CPU_ROWS = 256
@@ -178,4 +177,4 @@ def size_flow(config: ScoreConfig, spec: FeatureSpec, pools: Pools, decode: Deco
     block = max(_MIN_BLOCK, min(size.block_rows, 1 << max(0, share.bit_length() - 1)))
     # A few windows at least, so that one is prepared while another is scored.
     window = max(block, config.batch.rows or 0, min(size.window_rows, rows // 4))
-    return Flow(block, window, _GPU_PART_ROWS, size.calls, size.block_mib * _MIB)
+    return Flow(block, window, _GPU_PART_ROWS, _GPU_CALLS, size.block_mib * _MIB)

@@ -19,17 +19,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Batches after the change that both engines score, three windows of 4,096 rows: the gate sees an engine alone, and one that had
+# passed there was wrong beside decoders.
+_COMPARED_BATCHES = 32
+
 
 class Takeover:
     """Scores with one engine while a compiled one is built in a thread; `settle` changes over when it is ready.
 
-    The compiled one is checked and timed like any other before it scores a row.
+    The compiled one is checked and timed like any other before it scores a row, and held against the first one on the batches
+    that it scores first: where they differ the first one stays.
     """
 
     def __init__(self, request: EngineRequest, gate: Gate, first: Engine) -> None:
         self._request = request
         self._gate = gate
         self._engine = first
+        self._former: Engine | None = None
+        self._left_to_compare = 0
+        self._rung: Rung | None = None
         self._built: list[Engine | Exception] = []
         self._thread: threading.Thread | None = threading.Thread(target=self._build, name="compile", daemon=True)
         self._thread.start()
@@ -54,9 +62,14 @@ class Takeover:
             self._built.append(error)
 
     def settle(self, *, wait: bool = False) -> Rung | None:
-        """Change over if the compiled engine is ready; call between batches. Returns how it went, once."""
+        """Change over if the compiled engine is ready; call between batches.
+
+        Returns how it went, once, and once more where it was undone. With `wait` nothing is scored beside it, and it is
+        compared with nothing.
+        """
         if self._thread is None:
-            return None
+            rung, self._rung = self._rung, None
+            return rung
         if wait:
             self._thread.join()
         if self._thread.is_alive():
@@ -67,11 +80,14 @@ class Takeover:
         logger.info("engine: %s", rung)
         if isinstance(built, Exception):
             return rung
-        if rung.outcome == "used":
-            self._engine.close()
-            self._engine = built
-        else:
+        if rung.outcome != "used":
             built.close()
+            return rung
+        if wait:
+            self._engine.close()
+        else:
+            self._former, self._left_to_compare = self._engine, _COMPARED_BATCHES
+        self._engine = built
         return rung
 
     def _examine(self, built: Engine | Exception) -> Rung:
@@ -95,9 +111,33 @@ class Takeover:
         return self._engine.forward(arrays)
 
     def submit(self, arrays: BatchArrays) -> "Logits | torch.Tensor":
-        """See `Engine.submit`."""
-        return self._engine.submit(arrays)
+        """See `Engine.submit`. Waits for a GPU as long as batches are compared."""
+        if self._former is None:
+            return self._engine.submit(arrays)
+        return self._submit_both(self._former, arrays)
+
+    def _submit_both(self, former: Engine, arrays: BatchArrays) -> "Logits | torch.Tensor":
+        wanted = former.submit(arrays)
+        try:
+            found = self._engine.submit(arrays)
+            difference = self._gate.difference(wanted, found)
+        except Exception as error:
+            difference = describe_error(error)
+        if difference is not None:
+            reason = f"went back to {former.provider}-{former.precision} in the run: {difference}"
+            logger.warning("engine: %s-%s %s", self._engine.provider, self._engine.precision, reason)
+            self._rung = Rung(COMPILED, self._engine.precision, "refused", reason)
+            self._engine.close()
+            self._engine, self._former = former, None
+            return wanted
+        self._left_to_compare -= 1
+        if not self._left_to_compare:
+            former.close()
+            self._former = None
+        return found
 
     def close(self) -> None:
         """See `Engine.close`; a build under way is left to end with the process."""
         self._engine.close()
+        if self._former is not None:
+            self._former.close()

@@ -5,6 +5,7 @@ takes over.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from scoring.engines.build import EngineRequest
 from scoring.engines.cache import EngineCache
 from scoring.errors import EngineError, ParityError
 from scoring.parity import Parity
-from scoring.takeover import Takeover
+from scoring.takeover import _COMPARED_BATCHES, Takeover
 
 
 @dataclass
@@ -68,6 +69,10 @@ class StubGate:
     def time(self, engine: StubEngine) -> float:
         """While others decode."""
         return engine.rows_per_s / 2
+
+    def difference(self, wanted: Any, found: Any) -> str | None:
+        """In the run the engines' answers, their own names, may be no further apart than this."""
+        return None if abs(wanted[0, 0] - found[0, 0]) <= 50_000 else "far apart"
 
     def examine(self, engine: StubEngine, build_s: float, *, anew: bool = False) -> Rung:
         parity = self.parity(engine)
@@ -301,8 +306,43 @@ def test_the_compiled_engine_takes_over_when_it_is_ready_faster_and_right(
     is_used = outcome == "used"
     assert engine.forward({})[0, 0] == (rows_per_s if is_used else 30_000)
     assert engine.provider == ("torch-compiled" if is_used else "cuda")
-    assert (compiled.is_closed, cast("StubEngine", machine["cuda", "fp16"]).is_closed) == (not is_used, is_used)
+    first = cast("StubEngine", machine["cuda", "fp16"])
+    assert (compiled.is_closed, first.is_closed) == (not is_used, False)
     assert engine.settle() is None, "told once"
+    for _ in range(_COMPARED_BATCHES):
+        assert not first.is_closed, "both score the first batches"
+        assert engine.submit({})[0, 0] == (rows_per_s if is_used else 30_000)
+    assert first.is_closed == is_used
+
+
+@pytest.mark.parametrize("breaks", ["differs", "fails"])
+def test_a_compiled_engine_that_is_wrong_in_the_run_is_relieved_by_the_first_one(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    compiled = StubEngine("torch-compiled", "fp16", 60_000.0)
+    ready, _ = compiling(monkeypatch, lambda: compiled)
+    engine, _ = choose_engine(request_for(tmp_path, rows_left=10_000_000))
+    assert isinstance(engine, Takeover)
+    ready.set()
+    while (rung := engine.settle()) is None:
+        time.sleep(0.01)
+    assert rung.outcome == "used"
+    assert engine.submit({})[0, 0] == 60_000
+    if breaks == "differs":
+        compiled.rows_per_s = 90_000.0
+    else:
+        compiled.is_closed = True  # it raises
+    assert engine.submit({})[0, 0] == 30_000, "the batch in which it shows has the first one's scores"
+    assert (engine.provider, compiled.is_closed) == ("cuda", True)
+    rung = engine.settle()
+    assert rung is not None
+    assert (rung.provider, rung.outcome) == ("torch-compiled", "refused")
+    assert (
+        "went back to cuda-fp16 in the run: " + ("far apart" if breaks == "differs" else "AssertionError")
+        in rung.reason
+    )
+    assert engine.settle() is None, "told once"
+    assert engine.submit({})[0, 0] == 30_000
 
 
 def test_a_compile_that_fails_leaves_the_first_engine(

@@ -1,9 +1,17 @@
 """The gate's figures and verdicts on made-up scores."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from scoring.engines.build import EngineRequest
+from scoring.engines.cache import EngineCache
+from scoring.gate import Gate
 from scoring.parity import compare
+from tests.pixels import SPEC
 
 REFERENCE = np.array([[0.9, 0.1], [0.504, 0.496], [0.2, 0.8]], dtype=np.float32)
 
@@ -53,3 +61,19 @@ def test_regression_has_no_labels_to_flip() -> None:
     parity = compare(np.array([[1.0], [2.0]], dtype=np.float32), np.array([[1.001], [2.0]], dtype=np.float32))
     assert parity.label_flips == 0
     assert parity.max_abs_diff == pytest.approx(0.001, abs=1e-6)
+
+
+def test_engines_that_differ_in_the_run_are_told_apart_wherever_their_logits_lie(tmp_path: Path) -> None:
+    def never() -> Any:
+        raise AssertionError("no predictor is needed")
+
+    gate = Gate(EngineRequest(never, SPEC, EngineCache(str(tmp_path)), max_abs_diff=0.005))
+    wanted = np.array([[0.0, 0.0], [2.0, -2.0], [np.nan, 1.0]], dtype=np.float32)
+    # A probability of 0.5 moves by 0.0095, twice the limit is 0.01.
+    near, far = wanted + np.array([0.038, 0], dtype=np.float32), wanted + np.array([0.045, 0], dtype=np.float32)
+    assert gate.difference(wanted, near) is None
+    assert gate.difference(torch.from_numpy(wanted), torch.from_numpy(near)) is None
+    told = gate.difference(wanted, torch.from_numpy(far))
+    assert told == "0 of 2 rows are not finite, the others differ by up to 1.12e-02, limit 0.01"
+    near[1] = np.inf
+    assert "1 of 2 rows are not finite" in str(gate.difference(wanted, near))
