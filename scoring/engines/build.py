@@ -139,8 +139,6 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
 
     _need_gpu("cuda")
     graph = build_graph(request, precision, "onnxruntime")
-    rows, tokens = request.shapes.rows[-1], min(request.shapes.tokens, default=0)
-    batch = synthetic_arrays(request.spec, rows=rows, tokens=tokens)
     for options in cuda_options(precision, request.rows_left):
         engine = OnnxGpuEngine(
             graph,
@@ -151,7 +149,7 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
             options={**options, **request.provider_options.get("cuda", {})},
         )
         try:
-            engine.forward(batch)  # kernels are looked for at the first batch of a shape
+            engine.warm_up()  # kernels are looked for at a session's first batch
         except Exception as error:
             engine.close()
             reason = describe_error(error)
