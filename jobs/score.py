@@ -108,7 +108,14 @@ def _score(
 
     timings = Timings()
     start = time.perf_counter()
-    plan = prepare(config, timings, start_ray=lambda: _start_ray(ray), retry_of=retry_of)
+    starts_ray = _starts_ray(ray)
+    plan = prepare(
+        config,
+        timings,
+        start_ray=lambda: _start_ray(ray, starts_one=starts_ray),
+        retry_of=retry_of,
+        is_ray_here=starts_ray,
+    )
     summary["run_id"] = plan.run.run_id
     if dry_run:
         _print_plan(plan)
@@ -127,32 +134,37 @@ def _score(
         )
 
 
-def _start_ray(ray: Any) -> None:
-    """Join the cluster of RAY_ADDRESS or of this machine, else start one here."""
+def _starts_ray(ray: Any) -> bool:
+    """Whether there is no cluster to join: neither RAY_ADDRESS' nor this machine's."""
+    return not ray.is_initialized() and "RAY_ADDRESS" not in os.environ and not _has_cluster()
+
+
+def _start_ray(ray: Any, *, starts_one: bool) -> None:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start one here."""
     if ray.is_initialized():
         return
-    address = "local" if _is_cluster_gone() else None
     # 3 s of imports, for which the 8 s of Ray's start need not wait.
     threading.Thread(target=importlib.import_module, args=("ray.data",), daemon=True).start()
     # Only for a Ray that is started here: its dashboard takes up to 60 s of two cores to come up, for nobody.
+    address = "local" if starts_one else None
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, include_dashboard=False)
 
 
-def _is_cluster_gone() -> bool:
-    """Whether this machine's note of a running cluster is stale: a head that was killed leaves it, and Ray waits for it.
+def _has_cluster() -> bool:
+    """Whether a Ray runs on this machine. Its note may be stale: a head that was killed leaves it, and Ray waits for it.
 
     Seen with Ray 2.58.1: `ray.init()` tried the dead address for more than 8 minutes.
     """
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    if "RAY_ADDRESS" in os.environ or not note.is_file():
+    if not note.is_file():
         return False
     host, _, port = note.read_text().strip().rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError):
         logger.warning("%s names a Ray at %s:%s that does not answer; starting one here", note, host, port)
-        return True
-    return False
+        return False
+    return True
 
 
 def _stop_ray() -> None:

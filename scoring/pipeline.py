@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from scoring.accounts import Range
 from scoring.config import SCORES_VERSION, Fingerprint, ScoreConfig, fingerprint
 from scoring.decoding import DecodePlan
+from scoring.early_preparer import Address, EarlyPreparer, RemotePreparer
 from scoring.engines.build import load_libraries
 from scoring.errors import DecoderError, EngineError, OutputError, ParityError, Stage, StalledError
 from scoring.features import FeatureBuilder
@@ -37,6 +38,7 @@ from scoring.ledger import (
     RunFolder,
 )
 from scoring.nvjpeg import find_library
+from scoring.parity import Scores
 from scoring.parts import PartSchemas, reserved_names
 from scoring.predictor import (
     check_hash,
@@ -89,8 +91,16 @@ class Plan:
     """The run whose scores are kept and whose quarantined rows are tried again."""
     done: Mapping[int, Sequence[Range]] = field(default_factory=dict)
     """Rows of the inputs' shards, by shard, that earlier attempts have accounted for."""
-    preparer: Any = None
-    """The `PreparerActor` that has extracted the spec, if one had to."""
+    preparer: "StartedPreparer | None" = None
+    """What has extracted the spec, if it had to be."""
+
+
+@dataclass(frozen=True)
+class StartedPreparer:
+    """A handle of a `PreparerActor`, and the process that does its work, if that was started before Ray: they end with it."""
+
+    actor: Any
+    process: EarlyPreparer | None = None
 
 
 @dataclass
@@ -109,13 +119,17 @@ class Timings:
 
 
 def prepare(
-    config: ScoreConfig, timings: Timings, start_ray: Callable[[], None], *, retry_of: str | None = None
+    config: ScoreConfig,
+    timings: Timings,
+    start_ray: Callable[[], None],
+    *,
+    retry_of: str | None = None,
+    is_ray_here: bool = False,
 ) -> Plan:
     """Check everything that can be checked before a row is read; writes nothing but the caches.
 
-    `retry_of` names a published run whose quarantined rows are to be tried again.
-
-    `start_ray` is called where Ray is first needed: bad input and a refused predictor are told before that. Raises
+    `retry_of` names a published run whose quarantined rows are to be tried again. `start_ray` is called where Ray is first
+    needed: bad input and a refused predictor are told before that. `is_ray_here`: Ray will be this machine alone. Raises
     ConfigError, PredictorError, InputError.
     """
     with timings.phase("list_inputs_s"):
@@ -130,11 +144,13 @@ def prepare(
         spec = load_spec(predictor_hash, config.engine.cache)
     preparer = None
     if spec is None:
+        # Elsewhere it belongs beside a GPU, and Ray alone knows where one is.
+        early = EarlyPreparer(config, predictor_hash) if is_ray_here else None
         with timings.phase("ray_init_s"):
             start_ray()
         with timings.phase("predictor_s"):
-            preparer = _start_preparer(config, predictor_hash)
-            spec = _extract_spec(preparer, predictor_hash, config)
+            preparer = _start_preparer(config, predictor_hash, early)
+            spec = _extract_spec(preparer.actor, predictor_hash, config)
     inputs = plan_inputs(files, spec, config.input, reserved_names(spec))
     mark = fingerprint(config, predictor_hash=predictor_hash, listing=listing, scores_version=SCORES_VERSION)
     old = RunFolder(config.output.path, retry_of) if retry_of else None
@@ -207,21 +223,35 @@ def _has_decoder() -> bool:
     return find_library() is not None
 
 
-def _start_preparer(config: ScoreConfig, predictor_hash: str) -> Any:
+def _start_preparer(config: ScoreConfig, predictor_hash: str, early: EarlyPreparer | None = None) -> StartedPreparer:
     """The process that imports AutoGluon, if it comes to that; beside a GPU, so that its graphs lie where they are read."""
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: -node["Resources"].get("GPU", 0.0))
     there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=True)
     # No CPU is asked for: the pools promise all of them, and it works while they start. What a death interrupts is done again.
     options = {"num_cpus": 0, "max_restarts": 1, "max_task_retries": 1, "scheduling_strategy": there}
-    return ray.remote(PreparerActor).options(**options).remote(config, predictor_hash)
+    address = early.address if early is not None else None
+    return StartedPreparer(
+        ray.remote(PreparerActor).options(**options).remote(config, predictor_hash, address),
+        early,
+    )
 
 
-class PreparerActor(Preparer):
-    """See `Preparer`."""
+class PreparerActor:
+    """See `Preparer`: one of its own, or the one at `address`."""
 
-    def __init__(self, config: ScoreConfig, predictor_hash: str) -> None:
+    def __init__(self, config: ScoreConfig, predictor_hash: str, address: Address | None) -> None:
         _set_up_worker()
-        super().__init__(config, predictor_hash)
+        own = partial(Preparer, config, predictor_hash)
+        self._preparer = own() if address is None else RemotePreparer(address, own)
+
+    def spec(self) -> str:
+        return self._preparer.spec()
+
+    def build(self, spec_json: str, for_gpu: bool, rtx_capabilities: Sequence[str]) -> None:
+        self._preparer.build(spec_json, for_gpu=for_gpu, rtx_capabilities=rtx_capabilities)
+
+    def reference(self, spec_json: str, sample: Sample | None) -> Scores | None:
+        return self._preparer.reference(spec_json, sample)
 
 
 def _extract_spec(preparer: Any, predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
@@ -381,7 +411,7 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
         # Ray ends an actor that nobody holds any more: it is held here until all rows are scored.
         preparer = plan.preparer or _start_preparer(plan.config, plan.predictor_hash)
-    dataset = score_features(read_features(plan, attempt), plan, attempt, preparer)
+    dataset = score_features(read_features(plan, attempt), plan, attempt, preparer.actor if preparer else None)
     # Where the rows are not known before they are read, only the end tells whether too many are bad.
     limit = None if plan.total_rows is None else (plan.total_rows, plan.config.quarantine.max_fraction)
     sink = PartSink(attempt, PartSchemas(plan.inputs.schema, plan.spec), plan.flow.part_rows, limit)

@@ -40,6 +40,10 @@ class Preparer:
         self._cache = EngineCache(config.engine.cache)
         self._load = LazyPredictor(lambda: fetch_predictor(config.predictor.path, config.engine.cache, predictor_hash))
 
+    def load(self) -> None:
+        """Import AutoGluon and load the predictor, before anything is asked of it."""
+        self._load()
+
     def spec(self) -> str:
         """The feature spec as JSON. Raises PredictorError."""
         return extract_spec(self._load()).to_json()

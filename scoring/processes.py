@@ -26,7 +26,12 @@ class ProcessMark:
 
     @staticmethod
     def current() -> "ProcessMark":
-        process = psutil.Process()
+        return ProcessMark.of(os.getpid())
+
+    @staticmethod
+    def of(pid: int) -> "ProcessMark":
+        """Of a process that runs here."""
+        process = psutil.Process(pid)
         return ProcessMark(_machine(), process.pid, process.create_time())
 
     @property

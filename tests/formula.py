@@ -117,7 +117,7 @@ class NoPreparer:
 
 def main(arguments: Sequence[str]) -> None:
     from jobs import score  # first: it settles how Ray starts
-    from scoring.pipeline import FeatureWorker
+    from scoring.pipeline import FeatureWorker, StartedPreparer
 
     end = arguments.index("--")
     delays = [float(argument.partition("=")[2]) for argument in arguments[:end] if argument.startswith("--delay=")]
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str]) -> None:
     with (
         patch("scoring.pipeline.ScoringActor", DelayedActor),
         patch("scoring.pipeline.FeatureWorker", PoisonedWorker),
-        patch("scoring.pipeline._start_preparer", lambda *_: NoPreparer),
+        patch("scoring.pipeline._start_preparer", lambda *_: StartedPreparer(NoPreparer)),
     ):
         score.app(args=list(arguments[end + 1 :]))
 

@@ -68,7 +68,7 @@ def test_ours_is_held_against_both_limits(tmp_path: Path) -> None:
     document = run_quick(tmp_path, "--only", "D-exact,L,P")
     assert document["parts"]["P"]["rows"] == 256
     assert document["parts"]["P"]["rows_per_s"] > 0
-    assert {"D/L", "D/min(L,P)"} <= set(document["ratios"]["D-exact"])
+    assert "D/min(L,P)" in document["ratios"]["D-exact"]
 
 
 GOOD: dict[str, Any] = {

@@ -1,0 +1,120 @@
+"""The preparer that starts before Ray: calls arrive, errors travel, it ends with who started it, and its death costs nothing."""
+
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from scoring.config import ScoreConfig, load_config
+from scoring.early_preparer import Address, EarlyPreparer, RemotePreparer, serve
+from scoring.errors import PredictorError
+from scoring.processes import ProcessMark
+
+
+class OddError(Exception):
+    """One that cannot be made again from its arguments."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+class Stub:
+    """A preparer that notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.built: list[tuple[str, bool, Sequence[str]]] = []
+
+    def spec(self) -> str:
+        raise PredictorError("it was saved before fit(); train it first")
+
+    def build(self, spec_json: str, *, for_gpu: bool, rtx_capabilities: Sequence[str] = ()) -> None:
+        self.built.append((spec_json, for_gpu, rtx_capabilities))
+
+    def reference(self, spec_json: str, sample: Any) -> Any:
+        if sample is None:
+            raise OddError("no ", "sample")
+        return np.arange(6, dtype=np.float32).reshape(3, 2)
+
+
+def never() -> Any:
+    raise AssertionError("the one that was started is there")
+
+
+def serve_until_closed(listener: Listener, stub: Stub) -> None:
+    with suppress(OSError):
+        serve(listener, stub)
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[Stub, Address]]:
+    stub = Stub()
+    with tempfile.TemporaryDirectory() as folder:
+        address = Address(str(Path(folder) / "socket"), b"secret", ProcessMark.current())
+        listener = Listener(address.socket, "AF_UNIX", authkey=address.key)
+        threading.Thread(target=serve_until_closed, args=(listener, stub), daemon=True).start()
+        yield stub, address
+        listener.close()
+
+
+def test_calls_and_errors_travel(served: tuple[Stub, Address]) -> None:
+    stub, address = served
+    remote = RemotePreparer(address, never)
+    remote.build("spec", for_gpu=True, rtx_capabilities=("SM89",))
+    assert stub.built == [("spec", True, ("SM89",))]
+    scores = remote.reference("spec", object)  # type: ignore[arg-type]
+    assert scores is not None
+    assert scores.tolist() == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(PredictorError, match="train it first"):
+        remote.spec()
+    with pytest.raises(RuntimeError, match="OddError: no sample"):
+        remote.reference("spec", None)
+    remote.build("again", for_gpu=False)
+    assert len(stub.built) == 2
+
+
+def test_who_does_not_know_the_key_gets_nothing_and_the_next_one_is_served(served: tuple[Stub, Address]) -> None:
+    stub, address = served
+    own = Stub()
+    guessed = replace(address, key=b"guess")
+    stranger = RemotePreparer(guessed, lambda: own)  # type: ignore[arg-type, return-value]
+    stranger.build("a stranger's", for_gpu=False)
+    assert (len(own.built), stub.built) == (1, []), "it does its work itself"
+    RemotePreparer(address, never).build("spec", for_gpu=False)
+    assert len(stub.built) == 1
+
+
+def config_for(tmp_path: Path) -> ScoreConfig:
+    names = {"input.paths": "in", "predictor.path": "predictor", "output.path": "out"}
+    flags: dict[str, object] = {key: str(tmp_path / name) for key, name in names.items()}
+    flags["input.paths"] = [flags["input.paths"]]
+    return load_config(file=None, flags=flags, overrides=[f"engine.cache={tmp_path / 'cache'}"], cwd=tmp_path)
+
+
+def test_the_process_raises_what_its_predictor_does_and_its_death_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = EarlyPreparer(config_for(tmp_path), "0" * 64)
+    own = Stub()
+    remote = RemotePreparer(early.address, lambda: own)  # type: ignore[arg-type, return-value]
+    with pytest.raises(PredictorError, match=r"no assets\.json there"):
+        remote.spec()
+    psutil.Process(early._process.pid).kill()
+    remote.build("spec", for_gpu=False)
+    assert own.built, "its work is done here"
+    assert "was started before Ray is gone" in caplog.text
+
+
+def test_the_process_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    early = EarlyPreparer(config_for(tmp_path), "0" * 64)
+    folder = Path(early.address.socket).parent
+    early.close()
+    assert early._process.returncode == 0
+    assert not folder.exists()
