@@ -71,6 +71,7 @@ class EarlyPreparer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        shutil.rmtree(Path(self.address.socket).parent, ignore_errors=True)
 
 
 class RemotePreparer:

@@ -109,6 +109,7 @@ def test_the_process_raises_what_its_predictor_does_and_its_death_costs_nothing(
     psutil.Process(early._process.pid).kill()
     remote.build("spec", for_gpu=False)
     assert own.built, "its work is done here"
+    early.close()
     assert "was started before Ray is gone" in caplog.text
 
 
