@@ -58,18 +58,21 @@ class EarlyPreparer:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            start_new_session=True,  # Ctrl-C is for the job: this one ends with it
         )
         # Not below the cache: a Unix socket's path has 107 characters at most.
         socket = Path(tempfile.mkdtemp(prefix="preparer-")) / "socket"
         self.address = Address(str(socket), secrets.token_bytes(32), ProcessMark.of(self._process.pid))
         assert self._process.stdin is not None
-        pickle.dump((config, predictor_hash, self.address), self._process.stdin)
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it is gone already, which its caller finds out
+            pickle.dump((config, predictor_hash, self.address), self._process.stdin)
+            self._process.stdin.flush()
 
     def close(self) -> None:
         """End it now; it is not asked again."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         shutil.rmtree(Path(self.address.socket).parent, ignore_errors=True)
 

@@ -1,5 +1,7 @@
 """The preparer that starts before Ray: calls arrive, errors travel, it ends with who started it, and its death costs nothing."""
 
+import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -111,6 +113,19 @@ def test_the_process_raises_what_its_predictor_does_and_its_death_costs_nothing(
     assert own.built, "its work is done here"
     early.close()
     assert "was started before Ray is gone" in caplog.text
+
+
+def test_a_process_that_cannot_even_start_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    early = EarlyPreparer(config_for(tmp_path), "0" * 64)
+    own = Stub()
+    RemotePreparer(early.address, lambda: own).build("spec", for_gpu=False)  # type: ignore[arg-type, return-value]
+    early.close()
+    assert early._process.returncode != 0
+    assert own.built
+    assert "FileNotFoundError" in caplog.text
 
 
 def test_the_process_ends_with_whoever_started_it(tmp_path: Path) -> None:
