@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from scoring.decoding import ENCODED, FRAME, PIXELS
 from scoring.features import feature_name
-from scoring.frames import BUFFER_BYTES, FrameMemory, Reached
+from scoring.frame_memory import BUFFER_BYTES, FrameMemory, Reached
 from scoring.images import BadImageError, decode_image
 from scoring.resample import Frames, Sizes, resize_frames
 from scoring.spec import ImageModel

@@ -81,7 +81,7 @@ class JpegDecoder:
         """Write the RGB pixels of each JPEG, `lengths` bytes at `addresses` of the host's memory, to its frame.
 
         Returns which could be read, (n,); the pixels are there for later work on `stream`, and the bytes must stay until it is
-        done. The library's own streams do not wait for what `stream` had to do before: see `frames.py`.
+        done. The library's own streams do not wait for what `stream` had to do before: see `frame_memory.py`.
         """
         is_good = self._fits(addresses, lengths, frames)
         places = np.flatnonzero(is_good)

@@ -189,6 +189,8 @@ class Scorer:
                 self._note(self._engine.settle())
             engine = engine_name(self._engine)
             submitted = self._forward.submit(staged)
+            if isinstance(self._engine, Takeover):
+                self._note(self._engine.undone())
         done = submitted.wait()
         if done is not None:
             return *done, {}, engine

@@ -37,7 +37,7 @@ class Takeover:
         self._engine = first
         self._former: Engine | None = None
         self._left_to_compare = 0
-        self._rung: Rung | None = None
+        self._undone: Rung | None = None
         self._built: list[Engine | Exception] = []
         self._thread: threading.Thread | None = threading.Thread(target=self._build, name="compile", daemon=True)
         self._thread.start()
@@ -62,14 +62,12 @@ class Takeover:
             self._built.append(error)
 
     def settle(self, *, wait: bool = False) -> Rung | None:
-        """Change over if the compiled engine is ready; call between batches.
+        """Change over if the compiled engine is ready; call between batches. Returns how it went, once.
 
-        Returns how it went, once, and once more where it was undone. With `wait` nothing is scored beside it, and it is
-        compared with nothing.
+        With `wait` nothing is scored beside it, and it is compared with nothing.
         """
         if self._thread is None:
-            rung, self._rung = self._rung, None
-            return rung
+            return None
         if wait:
             self._thread.join()
         if self._thread.is_alive():
@@ -122,11 +120,12 @@ class Takeover:
             found = self._engine.submit(arrays)
             difference = self._gate.difference(wanted, found)
         except Exception as error:
+            logger.warning("engine: %s failed in the run", self._engine.provider, exc_info=True)
             difference = describe_error(error)
         if difference is not None:
             reason = f"went back to {former.provider}-{former.precision} in the run: {difference}"
             logger.warning("engine: %s-%s %s", self._engine.provider, self._engine.precision, reason)
-            self._rung = Rung(COMPILED, self._engine.precision, "refused", reason)
+            self._undone = Rung(COMPILED, self._engine.precision, "refused", reason)
             self._engine.close()
             self._engine, self._former = former, None
             return wanted
@@ -135,6 +134,11 @@ class Takeover:
             former.close()
             self._former = None
         return found
+
+    def undone(self) -> Rung | None:
+        """Why the last change was taken back, once; None where it was not."""
+        rung, self._undone = self._undone, None
+        return rung
 
     def close(self) -> None:
         """See `Engine.close`; a build under way is left to end with the process."""

@@ -309,6 +309,7 @@ def test_the_compiled_engine_takes_over_when_it_is_ready_faster_and_right(
     first = cast("StubEngine", machine["cuda", "fp16"])
     assert (compiled.is_closed, first.is_closed) == (not is_used, False)
     assert engine.settle() is None, "told once"
+    assert engine.undone() is None
     for _ in range(_COMPARED_BATCHES):
         assert not first.is_closed, "both score the first batches"
         assert engine.submit({})[0, 0] == (rows_per_s if is_used else 30_000)
@@ -334,14 +335,14 @@ def test_a_compiled_engine_that_is_wrong_in_the_run_is_relieved_by_the_first_one
         compiled.is_closed = True  # it raises
     assert engine.submit({})[0, 0] == 30_000, "the batch in which it shows has the first one's scores"
     assert (engine.provider, compiled.is_closed) == ("cuda", True)
-    rung = engine.settle()
+    rung = engine.undone()
     assert rung is not None
     assert (rung.provider, rung.outcome) == ("torch-compiled", "refused")
     assert (
         "went back to cuda-fp16 in the run: " + ("far apart" if breaks == "differs" else "AssertionError")
         in rung.reason
     )
-    assert engine.settle() is None, "told once"
+    assert engine.undone() is engine.settle() is None, "told once"
     assert engine.submit({})[0, 0] == 30_000
 
 

@@ -1,9 +1,8 @@
 """CUDA graphs of a network's forward: what a CPU launches in hundreds of calls a batch, launched in one.
 
-Owns capture, what makes a graph unfit, and its buffers.
+Owns capture, its check and the buffers.
 """
 
-import ctypes
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,6 @@ logger = logging.getLogger(__name__)
 
 # What a replay may differ from a plain run by, as a share of the largest logit: kernels may add up in another order.
 _TOLERANCE = 2e-3
-# cuda.h: CUgraphNodeType, CUmemorytype, CUpointer_attribute.
-_MEMCPY_NODE, _HOST_NODE = 1, 3
-_ON_HOST, _UNIFIED = 1, 4
-_MEMORY_TYPE = 2
-
-
-class UnfitGraphError(RuntimeError):
-    """A graph that would read the host's memory, which others use by the time it is replayed."""
 
 
 class Graphs:
@@ -110,7 +101,7 @@ class _Graph:
         import torch
 
         self._inputs = inputs
-        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.inference_mode():
             self._fill(tensors)
@@ -123,8 +114,6 @@ class _Graph:
                 self._logits = run(inputs)
             finally:
                 self._graph.capture_end()
-            refuse_unfit(self._graph.raw_cuda_graph(), ctypes.CDLL("libcuda.so.1"))
-            self._graph.instantiate()
         torch.cuda.current_stream().wait_stream(stream)
 
     def _fill(self, tensors: "list[torch.Tensor]") -> None:
@@ -139,49 +128,3 @@ class _Graph:
             self._graph.replay()
         logits: torch.Tensor = self._logits
         return logits
-
-
-class _Copy(ctypes.Structure):
-    """cuda.h: CUDA_MEMCPY3D, of which the source matters here."""
-
-    _fields_ = (
-        ("src_offsets", ctypes.c_size_t * 4),
-        ("src_type", ctypes.c_int),
-        ("src_host", ctypes.c_void_p),
-        ("src_device", ctypes.c_void_p),
-        ("rest", ctypes.c_size_t * 18),
-    )
-
-
-def refuse_unfit(graph: int, driver: Any) -> None:
-    """Raise UnfitGraphError where a captured graph reads host memory or calls the host; `driver` is CUDA's driver library.
-
-    What an engine computes on the CPU lies in memory that its next run uses again.
-    """
-    num = ctypes.c_size_t()
-    _ask(driver.cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(num)))
-    nodes = (ctypes.c_void_p * num.value)()
-    _ask(driver.cuGraphGetNodes(ctypes.c_void_p(graph), nodes, ctypes.byref(num)))
-    for node in map(ctypes.c_void_p, nodes):
-        kind = ctypes.c_int()
-        _ask(driver.cuGraphNodeGetType(node, ctypes.byref(kind)))
-        if kind.value == _HOST_NODE:
-            raise UnfitGraphError("it calls the host")
-        if kind.value == _MEMCPY_NODE and _reads_host(node, driver):
-            raise UnfitGraphError("it copies from the host's memory")
-
-
-def _reads_host(node: ctypes.c_void_p, driver: Any) -> bool:
-    copy = _Copy()
-    _ask(driver.cuGraphMemcpyNodeGetParams(node, ctypes.byref(copy)))
-    if copy.src_type != _UNIFIED:
-        return bool(copy.src_type == _ON_HOST)
-    found = ctypes.c_uint()
-    status = driver.cuPointerGetAttribute(ctypes.byref(found), _MEMORY_TYPE, ctypes.c_void_p(copy.src_device))
-    # An address that CUDA does not know is ordinary memory.
-    return bool(status) or found.value == _ON_HOST
-
-
-def _ask(status: int) -> None:
-    if status:
-        raise UnfitGraphError(f"CUDA's driver does not tell what it copies (status {status})")

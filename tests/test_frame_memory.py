@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from scoring import frames
-from scoring.frames import FrameMemory
+from scoring import frame_memory
+from scoring.frame_memory import FrameMemory
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Event:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    monkeypatch.setattr(frames, "BUFFER_BYTES", 1_000)
+    monkeypatch.setattr(frame_memory, "BUFFER_BYTES", 1_000)
     return Events()
 
 
