@@ -1,12 +1,13 @@
 """`jobs.score` with other sizes between its stages than it would choose: for the levers that no setting turns.
 
-    python -m jobs.bench_flow calls=1 window_rows=512 -- --input ... --predictor ... --output ...
+    python -m jobs.bench_flow calls=1 window_rows=512 float32_pixels=1 -- --input ... --predictor ... --output ...
 
-Owns nothing but that change; what comes after `--` is jobs.score's own command line.
+Owns nothing but that change; what comes after `--` is jobs.score's own command line. `float32_pixels` is `bench_wire`'s.
 """
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +21,17 @@ def main(arguments: Sequence[str]) -> None:
     from jobs import score
     from scoring.sizing import size_flow
 
-    def changed(*given: Any) -> Any:
-        return replace(size_flow(*given), **changes)
+    with ExitStack() as patches:
+        if changes.pop("float32_pixels", 0):
+            from jobs.bench_wire import NarrowingScoringActor, WideFeatureWorker
 
-    with patch("scoring.pipeline.size_flow", changed):
+            patches.enter_context(patch("scoring.pipeline.FeatureWorker", WideFeatureWorker))
+            patches.enter_context(patch("scoring.pipeline.ScoringActor", NarrowingScoringActor))
+
+        def changed(*given: Any) -> Any:
+            return replace(size_flow(*given), **changes)
+
+        patches.enter_context(patch("scoring.pipeline.size_flow", changed))
         score.app(args=list(arguments[end + 1 :]))
 
 

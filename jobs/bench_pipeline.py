@@ -30,7 +30,7 @@ _DECODES = ("exact", "fast", "gpu")
 
 @dataclass(frozen=True)
 class Lever:
-    """One thing that ours does, switched off: by settings, or by numbers of `sizing.Flow`."""
+    """One thing that ours does, switched off: by settings, or by what `bench_flow` takes."""
 
     name: str
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -43,6 +43,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever("split: one core prepares", {"resources.cpus": 2}),
     Lever("decode: exact", {"images.decode": "exact"}),
     Lever("decode: fast", {"images.decode": "fast"}),
+    Lever("decode: fast, pixels shipped as fp32", {"images.decode": "fast"}, flow={"float32_pixels": 1}),
     Lever("bucketing: 512 rows sorted at a time", flow={"window_rows": 512}),
     Lever("batches of 64 rows", {"batch.rows": 64}),
     Lever("engine: eager torch", {"engine.provider": "torch"}),

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,6 +24,7 @@ from jobs.bench_score import ScoreJob
 from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
 from jobs.bench_setup import Bench, Request
 from jobs.bench_watch import GpuProbe, process_kind, watch
+from jobs.bench_wire import NarrowingScoringActor, WideFeatureWorker, to_float32, to_uint8
 from scoring import pipeline
 from scoring.config import ScoreConfig, load_config
 from scoring.decoding import DecodePlan
@@ -288,6 +291,25 @@ def test_other_sizes_reach_the_plan_and_leave_it_again(tmp_path: Path, monkeypat
     flow = size_flow(config, spec, pools, DecodePlan(), 10**6)
     assert (flow.calls, flow.window_rows, flow.block_rows) == (1, 512, 4096)
     assert pipeline.size_flow is before  # type: ignore[attr-defined]
+
+
+def test_pixels_that_travel_as_fp32_come_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [bytes(range(256)), b"", None, bytes(reversed(range(256)))]
+    column = pa.chunked_array(
+        [pa.array(contents, pa.large_binary()).slice(1), pa.array(contents[:1], pa.large_binary())]
+    )
+    table = pa.table({"row": range(4), "feat:image:pixels": column})
+    wide = to_float32(table)
+    floats = np.frombuffer(wide["feat:image:pixels"][3].as_py(), dtype=np.float32)
+    np.testing.assert_allclose(floats, np.arange(256) / 255, rtol=1e-6)
+    back = [content or b"" for content in to_uint8(wide)["feat:image:pixels"].to_pylist()]
+    assert back == [content or b"" for content in column.to_pylist()]
+    assert wide["row"] == table["row"]
+    seen: list[Any] = []
+    monkeypatch.setattr(score, "app", lambda args: seen.append((pipeline.FeatureWorker, pipeline.ScoringActor)))
+    bench_flow.main(["float32_pixels=1", "--"])
+    assert seen == [(WideFeatureWorker, NarrowingScoringActor)]
+    assert pipeline.FeatureWorker is not WideFeatureWorker
 
 
 def test_processes_are_told_apart_by_their_titles() -> None:
