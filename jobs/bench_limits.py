@@ -66,7 +66,7 @@ def measure_forward_limit(
 
 
 def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
-    """The engine that a part names, the compiled one if it is among several; and its name."""
+    """The engine that a part names, the compiled one if it is among several, warmed up; and its name."""
     from scoring.engines.build import build_compiled, build_engine, has_gpu
 
     # A part names every engine that scored it, as provider-precision-device.
@@ -78,7 +78,9 @@ def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
     provider = name.partition(f"-{precision}-")[0]
     if provider == _COMPILED:
         return build_compiled(request, precision), f"{provider}-{precision}"
-    return build_engine(request, provider, precision)[0], f"{provider}-{precision}"
+    engine = build_engine(request, provider, precision)[0]
+    engine.warm_up()
+    return engine, f"{provider}-{precision}"
 
 
 def count_steps(rows: "pd.DataFrame", spec: Any, shapes: Any) -> Counter[int]:

@@ -179,6 +179,9 @@ class _Autocast:
         with torch.autocast("cuda", dtype=torch.float16):
             return self._engine.run(tensors)  # type: ignore[attr-defined]
 
+    def warm_up(self) -> None:
+        self._engine.warm_up()
+
     def close(self) -> None:
         self._engine.close()
 
@@ -209,6 +212,7 @@ def _measure_forward(
     on_gpu = torch.cuda.is_available()
     outputs = Outputs(request.spec)
     reference = build_engine(request, "torch", "fp32")[0]
+    engine.warm_up()
     results = []
     for length in tokens:
         arrays = synthetic_arrays(request.spec, rows=rows, tokens=length, seed=length)

@@ -281,6 +281,7 @@ def optimize_for_inference(
         assert rung is not None
         rungs = tuple(rung if item.outcome == "pending" else item for item in decision.rungs)
         decision = replace(decision, provider=engine.provider, rungs=rungs, compiles=False)
+    engine.warm_up()
     install(predictor, engine, spec, batch_rows, partial(optimize_for_inference, predictor))
     return decision
 

@@ -114,6 +114,7 @@ class Gate:
     def time(self, engine: Engine) -> float:
         """`rows_per_s`, measured now and not kept."""
         # Shapes are seen once before the clock starts.
+        engine.warm_up()
         batches = self._timed or self._sample
         for arrays in self._timed:
             engine.forward(arrays)

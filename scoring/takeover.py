@@ -135,6 +135,10 @@ class Takeover:
             self._former = None
         return found
 
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`; the compiled one is not waited for."""
+        self._engine.warm_up()
+
     def undone(self) -> Rung | None:
         """Why the last change was taken back, once; None where it was not."""
         rung, self._undone = self._undone, None

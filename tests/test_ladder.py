@@ -44,6 +44,8 @@ class StubEngine:
         assert not self.is_closed, f"{self.provider} was closed"
         return np.full((1, 1), self.rows_per_s, dtype=np.float32)
 
+    def warm_up(self) -> None: ...
+
     def close(self) -> None:
         self.is_closed = True
 

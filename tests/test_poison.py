@@ -300,6 +300,8 @@ class StubEngine:
             logits[:] = np.inf
         return logits.reshape(-1, 1)
 
+    def warm_up(self) -> None: ...
+
     def close(self) -> None:
         pass
 

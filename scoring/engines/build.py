@@ -149,7 +149,7 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
             options={**options, **request.provider_options.get("cuda", {})},
         )
         try:
-            engine.warm_up()  # kernels are looked for at a session's first batch
+            engine.start()  # kernels are looked for at a session's first batch
         except Exception as error:
             engine.close()
             reason = describe_error(error)

@@ -5,14 +5,16 @@ what runs is read back from it.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
+from scoring.decision import describe_error
+from scoring.engines.base import EngineUnavailable, Shapes, repeat_last, sizes_of
 from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
 from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
 from scoring.spec import FeatureSpec
@@ -31,6 +33,9 @@ _PROVIDERS = {
 }
 # 11 s a row count, four of them, against a twelfth of 35 us a row.
 _FUSED_PAYS_ROWS = 15_000_000
+# The row count that is planned for before the first batch: 128 of 512, at 3/4 of whose rate it runs, and the largest that the
+# longest texts leave whole.
+_PARTS_FROM_END = 3
 # Two TensorRT workspaces of upstream's 2 GiB starve long texts; the builder takes what it needs of this much.
 _TENSORRT_WORKSPACE = 8 * 2**30
 
@@ -66,6 +71,9 @@ class OnnxCpuEngine:
         """See `Engine.submit`."""
         return self.forward(arrays)
 
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`."""
+
     def close(self) -> None:
         """See `Engine.close`."""
         del self._session
@@ -75,7 +83,8 @@ class OnnxGpuEngine(GpuEngine):
     """ONNX Runtime with its CUDA or TensorRT provider; inputs and logits stay on the GPU between host copies.
 
     With images each row count has a session of its own: ONNX Runtime plans every convolution anew when the count changes,
-    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100.
+    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100. One session plans before the
+    first batch; a thread lets the others plan, and until they have, batches go through those that have, in parts.
     """
 
     def __init__(
@@ -106,7 +115,11 @@ class OnnxGpuEngine(GpuEngine):
         self._run_options = onnxruntime.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._sessions = self._open_sessions()
-        self._bound = {item.name for item in self._session_for(shapes.rows[-1]).get_inputs()}
+        self._bound = {item.name for item in next(iter(self._sessions.values())).get_inputs()}
+        # Row counts whose sessions have planned; replaced as a whole, since threads read it.
+        self._planned: tuple[int, ...] = ()
+        self._planner: threading.Thread | None = None
+        self._is_closed = False
 
     def _open_sessions(self) -> "dict[int, onnxruntime.InferenceSession]":
         """By row count; 0 is any."""
@@ -124,23 +137,31 @@ class OnnxGpuEngine(GpuEngine):
             opened = [pool.submit(new_session) for _ in others]
         return sessions | {rows: session.result() for rows, session in zip(others, opened, strict=True)}
 
-    def _session_for(self, rows: int) -> "onnxruntime.InferenceSession":
-        # A batch is padded to one of the shapes; one past them all, which nothing makes, would be planned anew.
-        key = min((count for count in self._sessions if count >= rows), default=max(self._sessions))
-        return self._sessions[key]
-
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""
         import torch
 
+        rows, planned = len(tensors[0]), self._planned
+        if not planned or rows in planned:
+            return self._run(tensors)
+        # The least work, in the fewest parts.
+        count = min(planned, key=lambda count: (-(-rows // count) * count, -count))
+        parts = [[tensor[start : start + count] for tensor in tensors] for start in range(0, rows, count)]
+        return torch.cat([self._run(_fill(part, count))[: len(part[0])] for part in parts])
+
+    def _run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
+        """As `run`, of as many rows as a session plans for."""
+        import torch
+
         # Not as CUDA graphs, which gave 29,300 rows/s instead of 27,700 alone: both jobs that replayed them were wrong (3 of 64
         # labels of the sample, by up to 0.39), though in one process not one row of 140 windows differed.
-        session = self._session_for(len(tensors[0]))
+        rows = len(tensors[0])
+        session = self._sessions[rows] if self._is_planned else self._sessions[0]
         binding = session.io_binding()
         for item, tensor in zip(self._inputs, tensors, strict=True):
             if item.name in self._bound:
                 binding.bind_input(item.name, "cuda", 0, np.dtype(item.dtype), list(tensor.shape), tensor.data_ptr())
-        logits = torch.empty((len(tensors[0]), self._width), dtype=torch.float32, device=CUDA)
+        logits = torch.empty((rows, self._width), dtype=torch.float32, device=CUDA)
         binding.bind_output("logits", "cuda", 0, np.float32, list(logits.shape), logits.data_ptr())
         # The tensors are the caller's stream's: the session starts after it, and it goes on after the session.
         caller = torch.cuda.current_stream()
@@ -149,15 +170,39 @@ class OnnxGpuEngine(GpuEngine):
         caller.wait_stream(self._stream)
         return logits
 
-    def warm_up(self) -> None:
-        """One batch for each session, all at once: each plans its convolutions at its first one, and three took 8 s in turn.
+    def start(self) -> None:
+        """Be ready for a first batch; a thread plans for the other row counts.
 
-        Raises what ONNX Runtime raises where it has no kernels for the network.
+        Each takes 2 s on an H100, and no two of them at once. Raises what ONNX Runtime raises where it has no kernels for the
+        network.
         """
-        counts = sorted(self._sessions) if self._is_planned else [self._shapes.rows[-1]]
-        with ThreadPoolExecutor(max_workers=len(counts)) as pool:
-            for done in [pool.submit(self._run_zeros, rows) for rows in counts]:
-                done.result()
+        if not self._is_planned:
+            self._run_zeros(self._shapes.rows[-1])
+            return
+        # Parts of a large batch are no more work, and take no more memory, than the batch; padded to one they would.
+        counts = list(self._shapes.rows)
+        first = counts.pop(max(0, len(counts) - _PARTS_FROM_END))
+        self._run_zeros(first)
+        self._planned = (first,)
+        self._planner = threading.Thread(target=self._plan, args=(counts[::-1],), name="plan", daemon=True)
+        self._planner.start()
+
+    def _plan(self, counts: Sequence[int]) -> None:
+        for count in counts:
+            if self._is_closed:
+                return
+            try:
+                self._run_zeros(count)
+            except Exception as error:
+                # The counts that are planned do as well, less fast.
+                logger.warning("engine: no batches of %d rows: %s", count, describe_error(error))
+            else:
+                self._planned = (*self._planned, count)
+
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`."""
+        if self._planner is not None:
+            self._planner.join()
 
     def _run_zeros(self, rows: int) -> None:
         import torch
@@ -171,12 +216,20 @@ class OnnxGpuEngine(GpuEngine):
             )
             for item in self._inputs
         ]
-        self.run(tensors)
+        self._run(tensors)
         torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
         """See `Engine.close`."""
+        self._is_closed = True
+        self.warm_up()
         self._sessions.clear()
+
+
+def _fill(tensors: "list[torch.Tensor]", rows: int) -> "list[torch.Tensor]":
+    """Tensors of fewer rows grown to `rows`, their last one repeated."""
+    missing = rows - len(tensors[0])
+    return [repeat_last(tensor, missing) for tensor in tensors] if missing else tensors
 
 
 def cuda_options(precision: Precision, rows_left: int | None) -> tuple[dict[str, Any], ...]:

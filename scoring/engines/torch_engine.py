@@ -78,6 +78,9 @@ class GpuEngine(ABC):
         logits: Logits = self.submit(arrays).cpu().numpy()
         return logits
 
+    def warm_up(self) -> None:  # noqa: B027 -- most have nothing to wait for
+        """See `Engine.warm_up`."""
+
 
 class TorchEngine:
     """The network in eager torch. In fp32, with TF32 off, its arithmetic is the reference's.
@@ -131,6 +134,9 @@ class TorchEngine:
         """See `Engine.forward`."""
         logits: Logits = self.submit(arrays).cpu().numpy()
         return logits
+
+    def warm_up(self) -> None:
+        """See `Engine.warm_up`."""
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the engine's device -> logits there."""
