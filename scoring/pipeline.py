@@ -441,7 +441,10 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     context.wait_for_min_actors_s = -1
     source = ShardSource(plan.inputs, plan.config.input.csv, attempt, plan.flow.block_rows, plan.done)
     dataset = ray.data.read_datasource(
-        source, override_num_blocks=source.num_tasks, ray_remote_args={"num_cpus": IO_CPUS}
+        source,
+        override_num_blocks=source.num_tasks,
+        concurrency=plan.pools.read_tasks,
+        ray_remote_args={"num_cpus": IO_CPUS},
     )
     return dataset.map_batches(
         FeatureWorker,

@@ -63,6 +63,8 @@ class Pools:
     feature_workers: int
     feature_cpus: float
     num_threads: int
+    read_tasks: int
+    """At once. Fewer than there is room for: waiting ones left none for a write for 39 s, and 160,000 scored rows in memory."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,16 @@ def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Poo
         share = 0.0
     scale = _cpu_scale(sizes, cpus, workers, actors, 0 if share else threads)
     # Ray takes fractions of 1/10,000; rounding up could let the sum pass what is there.
+    scoring_cpus, feature_cpus = (math.floor(1000 * scale * count) / 1000 for count in (0 if share else threads, 1))
+    rooms = int((sum(sizes) - actors * scoring_cpus - workers * feature_cpus) / IO_CPUS + 1e-6)
     return Pools(
         scoring_actors=actors,
         gpus_per_actor=share,
-        scoring_cpus=0.0 if share else math.floor(1000 * scale * threads) / 1000,
+        scoring_cpus=scoring_cpus,
         feature_workers=workers,
-        feature_cpus=math.floor(1000 * scale) / 1000,
+        feature_cpus=feature_cpus,
         num_threads=threads,
+        read_tasks=max(1, rooms - max(1, rooms // 4)),
     )
 
 

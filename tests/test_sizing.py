@@ -8,7 +8,7 @@ import pytest
 
 from scoring.config import ScoreConfig, load_config
 from scoring.decoding import DecodePlan
-from scoring.sizing import Pools, cpu_share, plan_decode, size_flow, size_pools
+from scoring.sizing import IO_CPUS, Pools, cpu_share, plan_decode, size_flow, size_pools
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
 
 H100: Mapping[str, float] = {"CPU": 16.0, "GPU": 1.0}
@@ -29,7 +29,14 @@ def test_pools_leave_room_for_a_read_and_a_write(tmp_path: Path, resources: Mapp
     pools = size_pools(config(tmp_path), [resources])
     held = pools.scoring_actors * pools.scoring_cpus + pools.feature_workers * pools.feature_cpus
     assert held <= resources["CPU"] - 0.5
+    assert held + pools.read_tasks * IO_CPUS <= resources["CPU"] - IO_CPUS, "reads that wait leave a write its room"
     assert pools.scoring_actors * pools.gpus_per_actor == resources.get("GPU", 0.0)
+
+
+def test_reads_take_most_of_the_room_beside_the_pools(tmp_path: Path) -> None:
+    assert size_pools(config(tmp_path), [H100]).read_tasks == 3
+    assert size_pools(config(tmp_path), [LAPTOP]).read_tasks == 1
+    assert size_pools(config(tmp_path), [{"CPU": 128.0, "GPU": 8.0}]).read_tasks == 24
 
 
 def test_explicit_numbers_win(tmp_path: Path) -> None:
@@ -70,7 +77,7 @@ def test_a_named_decoder_that_is_missing_is_refused_with_the_next_step(tmp_path:
 
 def test_few_cores_decode_nothing_and_many_a_share(tmp_path: Path) -> None:
     def share(cores: int) -> float:
-        return cpu_share(Pools(1, 1.0, 0.0, cores, 1.0, 1))
+        return cpu_share(Pools(1, 1.0, 0.0, cores, 1.0, 1, 3))
 
     assert share(3) == share(15) == 0.0
     assert 0.0 < share(30) < share(60) < 1.0
