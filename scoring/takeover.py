@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Batches after the change that both engines score, three windows of 4,096 rows: the gate sees an engine alone, and one that had
+# Batches after the change that both engines score, nearly two windows: the gate sees an engine alone, and one that had
 # passed there was wrong beside decoders.
 _COMPARED_BATCHES = 32
 

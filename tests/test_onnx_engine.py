@@ -1,23 +1,32 @@
-"""ONNX Runtime's GPU engine, less the GPU: which sessions a batch goes through while they are still being planned."""
+"""ONNX Runtime's GPU engine, less the GPU: which sessions a batch goes through, and when they are planned for."""
+
+from typing import Any
 
 import pytest
 import torch
 
 from scoring.engines.base import Shapes
-from scoring.engines.onnx_engine import OnnxGpuEngine
+from scoring.engines.onnx_engine import OnnxGpuEngine, choose_count, counts_that_pay, plan_first
+
+COUNTS = (32, 64, 128, 256, 512)
 
 
 class PlannedCounts(OnnxGpuEngine):
     """Its sessions note how many rows they are given and answer with the first input."""
 
-    def __init__(self, *, failing: int = 0) -> None:
+    def __init__(self, rows_left: int | None = None, *, failing: int = 0) -> None:
         self.seen: list[int] = []
         self._failing = failing
-        self._shapes = Shapes((32, 64, 128, 256, 512), (64,))
-        self._is_planned, self._is_closed = True, False
-        self._planned, self._planner, self._sessions = (), None, {}
+        self._shapes = Shapes(COUNTS, (64,))
+        self._is_planned, self._sessions, self._num_rows = True, {}, 0
+        self._to_plan = counts_that_pay(COUNTS, rows_left)
+        self._open(plan_first(COUNTS))
+
+    def _open(self, count: int) -> Any:
+        self._sessions[count] = None
 
     def _run(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        assert len(tensors[0]) in self._sessions
         self.seen.append(len(tensors[0]))
         return tensors[0].clone()
 
@@ -32,31 +41,40 @@ def parts(engine: PlannedCounts, rows: int) -> list[int]:
     batch = torch.arange(float(rows))[:, None]
     engine.seen.clear()
     torch.testing.assert_close(engine.run([batch, batch]), batch)
-    return engine.seen
+    return list(engine.seen)
 
 
-def test_until_a_row_count_is_planned_its_batches_go_through_another_in_parts() -> None:
+def test_batches_of_a_count_without_a_plan_go_through_others_in_parts() -> None:
     engine = PlannedCounts()
-    engine._planned = (128,)
+    engine.start()
+    assert engine.seen == [128], "a large batch in parts of it is no more work than whole, and takes no more memory"
     assert parts(engine, 512) == [128] * 4
     assert parts(engine, 256) == [128] * 2
-    assert parts(engine, 128) == [128]
     assert parts(engine, 64) == [128]
     assert parts(engine, 300) == [128] * 3
-    engine._planned = (128, 512)
-    assert parts(engine, 512) == [512]
+    assert choose_count(256, (128, 512)) == 128
+    assert choose_count(512, COUNTS) == 512
+
+
+def test_a_long_run_plans_for_large_batches_after_its_first_rows(caplog: pytest.LogCaptureFixture) -> None:
+    assert counts_that_pay(COUNTS, None) == counts_that_pay(COUNTS, 100_000) == ()
+    assert counts_that_pay(COUNTS, 10**7) == (512, 256)
+    engine = PlannedCounts(400_000)
+    batches = []
+    while 512 not in (seen := parts(engine, 512)):
+        batches.append(seen)
+    assert batches == [[128] * 4] * 48, "a part of scores comes first"
+    assert seen == [512, 512], "zeros, then the batch"
     assert parts(engine, 256) == [128] * 2
+    engine.close()
 
 
-def test_one_count_is_planned_at_once_and_the_others_in_a_thread(caplog: pytest.LogCaptureFixture) -> None:
+def test_warming_up_plans_for_all_and_does_without_those_that_fail(caplog: pytest.LogCaptureFixture) -> None:
     engine = PlannedCounts(failing=256)
-    engine.start()
-    assert engine.seen[0] == 128, "a large batch in parts of it is no more work than whole, and takes no more memory"
     engine.warm_up()
-    assert engine.seen == [128, 512, 64, 32]
+    assert engine.seen == [512, 64, 32]
     assert "no batches of 256 rows: RuntimeError: no room" in caplog.text
     assert parts(engine, 256) == [128] * 2
     assert parts(engine, 64) == [64]
     with pytest.raises(RuntimeError, match="no room"):
         PlannedCounts(failing=128).start()
-    engine.close()

@@ -40,10 +40,10 @@ def test_reads_take_most_of_the_room_beside_the_pools(tmp_path: Path) -> None:
 
 
 def test_explicit_numbers_win(tmp_path: Path) -> None:
-    settings = ("resources.cpus=4", "resources.gpus=0.5", "resources.actors=2", "batch.rows=6000")
+    settings = ("resources.cpus=4", "resources.gpus=0.5", "resources.actors=2", "batch.rows=9000")
     pools = size_pools(config(tmp_path, *settings), [H100])
     assert (pools.scoring_actors, pools.gpus_per_actor, pools.feature_workers) == (2, 0.5, 3)
-    assert size_flow(config(tmp_path, *settings), SPEC, pools, DecodePlan("gpu"), 10**6).window_rows == 6000
+    assert size_flow(config(tmp_path, *settings), SPEC, pools, DecodePlan("gpu"), 10**6).window_rows == 9000
     assert size_pools(config(tmp_path, "resources.gpus=0"), [H100]).gpus_per_actor == 0
 
 
@@ -89,7 +89,7 @@ def test_a_small_run_is_cut_into_blocks_for_every_worker(tmp_path: Path) -> None
     assert 2_000 / flow.block_rows >= 2 * pools.feature_workers
     assert flow.window_rows <= 500
     large = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6)
-    assert (large.block_rows, large.window_rows) == (512, 4096)
+    assert (large.block_rows, large.window_rows) == (512, 8192)
     assert size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6).block_rows == 4096
 
 

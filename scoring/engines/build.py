@@ -147,6 +147,7 @@ def _build_cuda(request: EngineRequest, precision: Precision) -> Engine:
             request.shapes,
             provider="cuda",
             options={**options, **request.provider_options.get("cuda", {})},
+            rows_left=request.rows_left,
         )
         try:
             engine.start()  # kernels are looked for at a session's first batch

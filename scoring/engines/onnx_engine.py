@@ -5,9 +5,8 @@ what runs is read back from it.
 """
 
 import logging
-import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +32,11 @@ _PROVIDERS = {
 }
 # 11 s a row count, four of them, against a twelfth of 35 us a row.
 _FUSED_PAYS_ROWS = 15_000_000
-# The row count that is planned for before the first batch: 128 of 512, at 3/4 of whose rate it runs, and the largest that the
-# longest texts leave whole.
-_PARTS_FROM_END = 3
+# Planning for batches of 512 rows (23,200 to 27,700 rows/s by an H100's rates) pays from so many rows on, and then for 256
+# (28,800). Smaller batches are odd ends.
+_PAYS_ROWS = (300_000, 1_500_000)
+# A first part is written meanwhile.
+_PLANNED_AFTER_ROWS = 24_576
 # Two TensorRT workspaces of upstream's 2 GiB starve long texts; the builder takes what it needs of this much.
 _TENSORRT_WORKSPACE = 8 * 2**30
 
@@ -83,8 +84,9 @@ class OnnxGpuEngine(GpuEngine):
     """ONNX Runtime with its CUDA or TensorRT provider; inputs and logits stay on the GPU between host copies.
 
     With images each row count has a session of its own: ONNX Runtime plans every convolution anew when the count changes,
-    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100. One session plans before the
-    first batch; a thread lets the others plan, and until they have, batches go through those that have, in parts.
+    which took image batches that alternated between 64 and 16 rows to 108 rows/s on an H100. Planning takes 2 s a count, and what
+    runs beside it hardly moves: one count is planned before the first batch, others after the first rows, if they pay.
+    Batches of a count without a plan go through the sessions of others, in parts.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class OnnxGpuEngine(GpuEngine):
         *,
         provider: str,
         options: Mapping[str, Any],
+        rows_left: int | None = None,
     ) -> None:
         import onnxruntime
 
@@ -114,38 +117,32 @@ class OnnxGpuEngine(GpuEngine):
         self._options = {**options, "user_compute_stream": str(self._stream.cuda_stream)}
         self._run_options = onnxruntime.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._sessions = self._open_sessions()
-        self._bound = {item.name for item in next(iter(self._sessions.values())).get_inputs()}
-        # Row counts whose sessions have planned; replaced as a whole, since threads read it.
-        self._planned: tuple[int, ...] = ()
-        self._planner: threading.Thread | None = None
-        self._is_closed = False
+        # By row count; 0 is any.
+        self._sessions: dict[int, onnxruntime.InferenceSession] = {}
+        self._to_plan = counts_that_pay(shapes.rows, rows_left) if self._is_planned else ()
+        self._num_rows = 0
+        first = self._open(plan_first(shapes.rows) if self._is_planned else 0)
+        self._bound = {item.name for item in first.get_inputs()}
 
-    def _open_sessions(self) -> "dict[int, onnxruntime.InferenceSession]":
-        """By row count; 0 is any."""
+    def _open(self, count: int) -> "onnxruntime.InferenceSession":
         import onnxruntime
 
-        def new_session() -> onnxruntime.InferenceSession:
-            return _session(self._graph, onnxruntime.SessionOptions(), self.provider, self._options)
-
-        if not self._is_planned:
-            return {0: new_session()}
-        # 2 s each.
-        first, *others = self._shapes.rows
-        sessions = {first: new_session()}
-        with ThreadPoolExecutor(max_workers=max(1, len(others))) as pool:
-            opened = [pool.submit(new_session) for _ in others]
-        return sessions | {rows: session.result() for rows, session in zip(others, opened, strict=True)}
+        session = _session(self._graph, onnxruntime.SessionOptions(), self.provider, self._options)
+        self._sessions[count] = session
+        return session
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""
         import torch
 
-        rows, planned = len(tensors[0]), self._planned
-        if not planned or rows in planned:
+        rows = len(tensors[0])
+        if self._to_plan and self._num_rows >= _PLANNED_AFTER_ROWS:
+            counts, self._to_plan = self._to_plan, ()
+            self._plan(counts)
+        self._num_rows += rows
+        if not self._is_planned or rows in self._sessions:
             return self._run(tensors)
-        # The least work, in the fewest parts.
-        count = min(planned, key=lambda count: (-(-rows // count) * count, -count))
+        count = choose_count(rows, self._sessions)
         parts = [[tensor[start : start + count] for tensor in tensors] for start in range(0, rows, count)]
         return torch.cat([self._run(_fill(part, count))[: len(part[0])] for part in parts])
 
@@ -156,7 +153,7 @@ class OnnxGpuEngine(GpuEngine):
         # Not as CUDA graphs, which gave 29,300 rows/s instead of 27,700 alone: both jobs that replayed them were wrong (3 of 64
         # labels of the sample, by up to 0.39), though in one process not one row of 140 windows differed.
         rows = len(tensors[0])
-        session = self._sessions[rows] if self._is_planned else self._sessions[0]
+        session = self._sessions[rows if self._is_planned else 0]
         binding = session.io_binding()
         for item, tensor in zip(self._inputs, tensors, strict=True):
             if item.name in self._bound:
@@ -171,38 +168,26 @@ class OnnxGpuEngine(GpuEngine):
         return logits
 
     def start(self) -> None:
-        """Be ready for a first batch; a thread plans for the other row counts.
-
-        Each takes 2 s on an H100, and no two of them at once. Raises what ONNX Runtime raises where it has no kernels for the
-        network.
-        """
-        if not self._is_planned:
-            self._run_zeros(self._shapes.rows[-1])
-            return
-        # Parts of a large batch are no more work, and take no more memory, than the batch; padded to one they would.
-        counts = list(self._shapes.rows)
-        first = counts.pop(max(0, len(counts) - _PARTS_FROM_END))
-        self._run_zeros(first)
-        self._planned = (first,)
-        self._planner = threading.Thread(target=self._plan, args=(counts[::-1],), name="plan", daemon=True)
-        self._planner.start()
-
-    def _plan(self, counts: Sequence[int]) -> None:
-        for count in counts:
-            if self._is_closed:
-                return
-            try:
-                self._run_zeros(count)
-            except Exception as error:
-                # The counts that are planned do as well, less fast.
-                logger.warning("engine: no batches of %d rows: %s", count, describe_error(error))
-            else:
-                self._planned = (*self._planned, count)
+        """Look for kernels before the first batch. Raises what ONNX Runtime raises where it has none for the network."""
+        self._run_zeros(next(iter(self._sessions)) or self._shapes.rows[-1])
 
     def warm_up(self) -> None:
         """See `Engine.warm_up`."""
-        if self._planner is not None:
-            self._planner.join()
+        if self._is_planned:
+            self._to_plan = ()
+            self._plan([count for count in reversed(self._shapes.rows) if count not in self._sessions])
+
+    def _plan(self, counts: Sequence[int]) -> None:
+        start = time.perf_counter()
+        for count in counts:
+            try:
+                self._open(count)
+                self._run_zeros(count)
+            except Exception as error:
+                # The other counts do as well, less fast.
+                self._sessions.pop(count, None)
+                logger.warning("engine: no batches of %d rows: %s", count, describe_error(error))
+        logger.info("engine: planned for batches of %s rows in %.1f s", list(counts), time.perf_counter() - start)
 
     def _run_zeros(self, rows: int) -> None:
         import torch
@@ -221,9 +206,24 @@ class OnnxGpuEngine(GpuEngine):
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._is_closed = True
-        self.warm_up()
+        self._to_plan = ()
         self._sessions.clear()
+
+
+def plan_first(counts: Sequence[int]) -> int:
+    """128 of 512: at 4/5 of the rate of 512, and the most rows that the longest texts leave a batch."""
+    return counts[max(0, len(counts) - 3)]
+
+
+def counts_that_pay(counts: Sequence[int], rows_left: int | None) -> tuple[int, ...]:
+    """What else to plan for in a run of so many rows (None: not known, nothing)."""
+    largest = counts[: -len(_PAYS_ROWS) - 1 : -1]
+    return tuple(count for count, rows in zip(largest, _PAYS_ROWS, strict=False) if (rows_left or 0) >= rows)
+
+
+def choose_count(rows: int, planned: Collection[int]) -> int:
+    """The rows of each part of a batch: the least work, in the fewest parts."""
+    return min(planned, key=lambda count: (-(-rows // count) * count, -count))
 
 
 def _fill(tensors: "list[torch.Tensor]", rows: int) -> "list[torch.Tensor]":
