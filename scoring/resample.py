@@ -82,12 +82,12 @@ def resize_frames(frames: Frames, model: ImageModel, slots: Sizes, out: "torch.T
     rows = torch.empty((int(frames.heights.sum()), size, 3), dtype=torch.uint8, device=device)
     grid = (len(frames), -(-int(frames.heights.max()) // _BLOCK_Y), -(-size // _BLOCK_X))
     resize_rows[grid](
-        addresses, pitches, in_heights, starts_, x_first, x_count, x_weights, x_weights.shape[2], rows, size,
+        addresses, pitches, in_heights, starts_, x_first, x_count, x_weights, x_weights.shape[1], rows, size,
         BLOCK_Y=_BLOCK_Y, BLOCK_X=_BLOCK_X,
     )  # fmt: skip
     block = 1 << (size * 3 - 1).bit_length()
     resize_columns[(len(frames), size)](
-        rows, starts_, y_first, y_count, y_weights, y_weights.shape[2], slots_, out, size, BLOCK=block
+        rows, starts_, y_first, y_count, y_weights, y_weights.shape[1], slots_, out, size, BLOCK=block
     )
 
 
@@ -100,14 +100,14 @@ def _taps(in_sizes: Sizes, out_sizes: Sizes) -> int:
 def _weights(
     in_sizes: "torch.Tensor", out_sizes: "torch.Tensor", size: int, taps: int
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """First source pixel, count (n, size) and weights (n, size, taps), int32, of each output pixel of the centre crop."""
+    """First source pixel, count (n, size) and weights (n, taps, size), int32, of each output pixel of the centre crop."""
     import torch
 
     from scoring.kernels import resize_weights
 
     num, device = len(in_sizes), in_sizes.device
     first, count = torch.empty((2, num, size), dtype=torch.int32, device=device)
-    weights = torch.empty((num, size, taps), dtype=torch.int32, device=device)
+    weights = torch.empty((num, taps, size), dtype=torch.int32, device=device)
     # One launch: as torch's operations it was 110, for each of which Python's lock is let go and waited for.
     resize_weights[(num, -(-size // _BLOCK_X))](
         in_sizes, out_sizes, first, count, weights, taps, size, BLOCK=_BLOCK_X, enable_fp_fusion=False

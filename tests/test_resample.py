@@ -5,6 +5,8 @@ In a process of its own: whether Triton interprets is decided when it is importe
 
 import json
 
+import pytest
+
 from tests.interpreted import run_interpreted
 
 # Larger, smaller and as large as the model's, upright and lying, odd and even; few, as the interpreter takes a second each.
@@ -30,10 +32,13 @@ def compare(transforms: str) -> dict[str, int]:
     rng = np.random.default_rng(0)
     # A padded line, as decoders leave it: 7 bytes more than the pixels.
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in SIZES]
-    memory = [np.pad(image.reshape(len(image), -1), ((0, 0), (0, 7))) for image in images]
+    lines = [np.pad(image.reshape(len(image), -1), ((0, 0), (0, 7))) for image in images]
+    # Any address: the first begins a word, the others 1 to 3 bytes later.
+    memory = [np.concatenate([np.zeros(place % 4, np.uint8), part.ravel()]) for place, part in enumerate(lines)]
+    starts = [part.ctypes.data_as(ctypes.c_void_p).value or 0 for part in memory]
     frames = Frames(
-        addresses=np.array([line.ctypes.data_as(ctypes.c_void_p).value for line in memory], dtype=np.int64),
-        pitches=np.array([line.shape[1] for line in memory], dtype=np.int64),
+        addresses=np.array([start + place % 4 for place, start in enumerate(starts)], dtype=np.int64),
+        pitches=np.array([part.shape[1] for part in lines], dtype=np.int64),
         widths=np.array([image.shape[1] for image in images], dtype=np.int64),
         heights=np.array([image.shape[0] for image in images], dtype=np.int64),
     )
@@ -53,6 +58,26 @@ def test_every_pixel_is_pillows() -> None:
     found = run_interpreted("tests.test_resample")
     differing = {**{f"{height}x{width}": 0 for height, width in SIZES}, "untouched": 0}
     assert found == dict.fromkeys(WAYS, differing)
+
+
+TYPES = {"addresses": "*i64", "pitches": "*i64", "heights": "*i64", "starts": "*i64", "slots": "*i64"}
+TYPES |= {"in_sizes": "*i64", "out_sizes": "*i64", "first": "*i32", "count": "*i32", "weights": "*i32"}
+TYPES |= {"taps": "i32", "size": "i32", "out": "*u8", "rows": "*u8"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from scoring import kernels
+
+    for kernel in (kernels.resize_weights, kernels.resize_rows, kernels.resize_columns):
+        types = {name: TYPES.get(name, "constexpr") for name in kernel.arg_names}
+        sizes = {(kernel.arg_names.index(name),): 64 for name, kind in types.items() if kind == "constexpr"}
+        compiled = triton.compile(ASTSource(kernel, types, sizes), target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
 
 
 if __name__ == "__main__":
