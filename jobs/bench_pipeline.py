@@ -45,10 +45,10 @@ LEVERS: tuple[Lever, ...] = (
     Lever("decode: fast", {"images.decode": "fast"}),
     Lever("decode: fast, pixels shipped as fp32", {"images.decode": "fast"}, flow={"float32_pixels": 1}),
     Lever("bucketing: 512 rows sorted at a time", flow={"window_rows": 512}),
-    Lever("batches of 64 rows", {"batch.rows": 64}),
     Lever("engine: eager torch", {"engine.provider": "torch"}),
-    Lever("engine: fp32", {"engine.precision": "fp32"}),
     Lever("overlap: one window at a time", flow={"calls": 1}),
+    Lever("batches of 64 rows", {"batch.rows": 64}),
+    Lever("engine: fp32", {"engine.precision": "fp32"}),
 )
 _FEW_CORES = 4
 

@@ -93,8 +93,10 @@ def measure_score(job: ScoreJob, repeats: int, *, warm_up: bool) -> Entry:
         logger.info("ours %s: %.0f rows/s with start-up, steady %s", dict(job.settings), run["rows_per_s"], _told(run))
         runs.append(run)
     counted = runs[-repeats:]
-    # The run whose rate is the median one stands for all: its parts belong together.
-    chosen = sorted(counted, key=lambda run: float(run["rows_per_s"]))[(len(counted) - 1) // 2]
+    # The run whose steady rate is the median one stands for all: its parts belong together.
+    chosen = sorted(counted, key=lambda run: float(run["steady_rows_per_s"] or run["rows_per_s"]))[
+        (len(counted) - 1) // 2
+    ]
     figures = [{name: run[name] for name in (*_ROUNDED, "cache")} for run in runs]
     rates = [float(run["rows_per_s"]) for run in counted]
     return {**chosen, "min": min(rates), "max": max(rates), "runs": figures}

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import bench_flow, bench_pipeline, score
+from jobs import bench_flow, bench_pipeline, bench_score, score
 from jobs.bench_data import GROUP_ROWS, Recipe, make_cut, repeat_cut
 from jobs.bench_document import failures, open_document, ratios
 from jobs.bench_pipeline import LEVERS, chosen_parts
@@ -265,6 +265,19 @@ def test_levers_go_on_where_they_were_cut_off(tmp_path: Path, monkeypatch: pytes
     assert kept["levers"]["levers"] == levers, "each is kept at once"
     bench_pipeline.PARTS["levers"](bench)
     assert len(measured) == 2 * len(LEVERS) - 1, "with all there, all are measured anew"
+
+
+def test_the_run_of_the_median_steady_rate_stands_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that land in a lump make one run look three times as fast as it was."""
+    common = {"first_score_s": 1.0, "ready_s": 1.0, "wall_s": 9.0}
+    runs = [
+        {"rows_per_s": rate, "steady_rows_per_s": steady, **common} for rate, steady in ((2, 12.0), (1, 4.8), (3, 4.7))
+    ]
+    monkeypatch.setattr(bench_score, "_run_once", lambda _: runs.pop(0))
+    (tmp_path / "cache" / "engines").mkdir(parents=True)
+    entry = bench_score.measure_score(ScoreJob((tmp_path,), 1, tmp_path, tmp_path), 3, warm_up=True)
+    assert (entry["steady_rows_per_s"], entry["min"], entry["max"]) == (4.8, 1, 3)
+    assert [run["steady_rows_per_s"] for run in entry["runs"]] == [12.0, 4.8, 4.7]
 
 
 def test_a_job_on_few_cores_with_other_sizes_is_still_our_command(tmp_path: Path) -> None:
