@@ -9,25 +9,27 @@ Series = list[tuple[float, float]]
 MAX_POINTS = 300
 
 
-def steady_rate(landed: Sequence[tuple[float, float]]) -> float | None:
-    """Rows/s between the points where a tenth and nine tenths of all rows had landed; None with too few points.
+def steady_rate(landed: Sequence[tuple[float, float]], since: float = 0.1) -> float | None:
+    """Rows/s between the points where a tenth (or `since`) and nine tenths of all rows had landed; None with too few points.
 
     Only points that were seen count: rows land in parts, and what lies between two of them is not known.
     """
-    span = steady_span(landed)
+    span = steady_span(landed, since)
     if span is None:
         return None
     (t0, rows0), (t1, rows1) = span
     return (rows1 - rows0) / (t1 - t0)
 
 
-def steady_span(landed: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The first point at or past a tenth of the rows and the last one at or before nine tenths."""
+def steady_span(
+    landed: Sequence[tuple[float, float]], since: float = 0.1
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The first point at or past a tenth (or `since`) of the rows and the last one at or before nine tenths."""
     if not landed:
         return None
     total = landed[-1][1]
-    inner = [point for point in landed if 0.1 * total <= point[1] <= 0.9 * total]
-    if len(inner) < 2 or inner[-1][0] <= inner[0][0] or inner[-1][1] - inner[0][1] < 0.4 * total:
+    inner = [point for point in landed if since * total <= point[1] <= 0.9 * total]
+    if len(inner) < 2 or inner[-1][0] <= inner[0][0] or inner[-1][1] - inner[0][1] < (0.9 - since) / 2 * total:
         return None
     return inner[0], inner[-1]
 

@@ -186,6 +186,8 @@ def test_steady_rate_leaves_out_the_start_and_the_end() -> None:
     # 10 rows/s but for a slow start and a slow end.
     landed = [(100.0 + i, 10.0 * i) for i in range(1, 10)] + [(200.0, 100.0)]
     assert steady_rate(landed) == pytest.approx(10)
+    ahead = [(float(at), 100.0 * at) for at in range(1, 5)] + [(4.0 + at, 400.0 + 10.0 * at) for at in range(1, 61)]
+    assert steady_rate(ahead, since=0.5) == pytest.approx(10), "what was prepared ahead is scored by then"
     assert steady_rate([(5.0, 256.0)]) is None, "one part says nothing"
     assert steady_rate([]) is None
     assert steady_rate([(1.0, 50.0), (1.0, 60.0), (2.0, 100.0)]) is None, "points of one moment have no rate"
@@ -269,7 +271,7 @@ def test_levers_go_on_where_they_were_cut_off(tmp_path: Path, monkeypatch: pytes
 
 def test_the_run_of_the_median_steady_rate_stands_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that land in a lump make one run look three times as fast as it was."""
-    common = {"first_score_s": 1.0, "ready_s": 1.0, "wall_s": 9.0}
+    common = {"late_rows_per_s": 1.0, "first_score_s": 1.0, "ready_s": 1.0, "wall_s": 9.0}
     runs = [
         {"rows_per_s": rate, "steady_rows_per_s": steady, **common} for rate, steady in ((2, 12.0), (1, 4.8), (3, 4.7))
     ]
