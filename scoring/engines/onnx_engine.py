@@ -217,8 +217,8 @@ def plan_first(counts: Sequence[int]) -> int:
 
 def counts_that_pay(counts: Sequence[int], rows_left: int | None) -> tuple[int, ...]:
     """What else to plan for in a run of so many rows (None: not known, nothing)."""
-    largest = counts[: -len(_PAYS_ROWS) - 1 : -1]
-    return tuple(count for count, rows in zip(largest, _PAYS_ROWS, strict=False) if (rows_left or 0) >= rows)
+    others = [count for count in reversed(counts) if count != plan_first(counts)]
+    return tuple(count for count, rows in zip(others, _PAYS_ROWS, strict=False) if (rows_left or 0) >= rows)
 
 
 def choose_count(rows: int, planned: Collection[int]) -> int:
