@@ -5,10 +5,15 @@ GPU's part `device_images.py`'s. What a fast way cannot read takes the exact one
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from scoring.images import decode_image, transform_image
-from scoring.jpeg import hardware_size
+from scoring.jpeg import hardware_size, plain_file_size
 from scoring.resample import can_resize
 from scoring.spec import FeatureSpec, ImageModel
 
@@ -68,6 +73,29 @@ def prepare(content: bytes, model: ImageModel, plan: DecodePlan, *, on_cpu: bool
     if plan.uses_gpu and _is_ordinary(image.size, max_pixels):
         return Prepared(FRAME, image.tobytes(), image.width, image.height)
     return Prepared(PIXELS, transform_image(image, model, max_pixels=max_pixels), model.size, model.size)
+
+
+def find_encoded(cells: pa.ChunkedArray, candidates: npt.NDArray[np.bool_], max_pixels: int) -> npt.NDArray[np.int32]:
+    """Width, height and bytes (n, 3) of the candidates among binary cells that ship as they are: plain JPEGs.
+
+    Zeros for all others, whose way is `prepare`'s to find. Looks at headers in place: as Python's objects, joined and made
+    arrow's again, the bytes of a photograph cost 40 us of a core.
+    """
+    found = np.zeros((len(cells), 3), dtype=np.int32)
+    start = 0
+    for chunk in cells.chunks:
+        _, offsets_buffer, data = chunk.buffers()
+        if data is None:  # nothing but nulls
+            start += len(chunk)
+            continue
+        offsets = np.frombuffer(offsets_buffer, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        view = memoryview(data).cast("B")  # arrow says signed
+        for row, (begin, end) in enumerate(pairwise(offsets.tolist()), start):
+            size = plain_file_size(view[begin:end]) if candidates[row] else None
+            if size is not None and _is_ordinary(size, max_pixels):
+                found[row] = *size, end - begin
+        start += len(chunk)
+    return found
 
 
 def _is_ordinary(size: tuple[int, int], max_pixels: int) -> bool:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scoring.columns import MODEL_PREFIX, SOURCE_ROW, mark_rows
-from scoring.decoding import PIXELS, DecodePlan, Prepared, prepare
+from scoring.decoding import ENCODED, PIXELS, DecodePlan, Prepared, find_encoded, prepare
 from scoring.errors import Reason, Stage
 from scoring.images import BadImageError, ImageFetcher, Reference, split_references
 from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn, TextModel
@@ -63,6 +63,7 @@ class FeatureBuilder:
         self._plan = plan or DecodePlan()
         self._blank_bad_images = blank_bad_images
         self._tokenizers = [TokenSequences(model) for model in spec.text_models]
+        self._image_names = [MODEL_PREFIX + column.name for column in spec.image]
         self._blanked: list[str] = []
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -108,17 +109,10 @@ class FeatureBuilder:
     def _images(
         self, table: pa.Table, usable: npt.NDArray[np.bool_]
     ) -> tuple[dict[str, pa.Array], dict[int, BadImageError]]:
-        max_images = max(model.max_images for model in self._spec.image_models)
-        references = [
-            split_references(table[MODEL_PREFIX + column.name], column, max_images) for column in self._spec.image
-        ]
-        wanted = [[column[row] for column in references] for row in np.flatnonzero(usable)]
-        fetched = [
-            [list(zip(*column, strict=True)) for column in zip(names, contents, strict=True)]
-            for names, contents in zip(wanted, self._fetcher.fetch_all(wanted), strict=True)
-        ]
-        images = dict(zip(np.flatnonzero(usable).tolist(), fetched, strict=True))
         on_cpu = share_of_rows(table[SOURCE_ROW].to_numpy(), self._plan.cpu_share)
+        encoded = self._find_encoded(table, usable & ~on_cpu)
+        is_encoded = encoded[:, 0] > 0
+        images = self._fetch(table, usable & ~is_encoded)
         rows = [self._row_images(images.get(row), bool(on_cpu[row])) for row in range(table.num_rows)]
         bad = {row: images for row, images in enumerate(rows) if isinstance(images, BadImageError)}
         if self._blanked:
@@ -133,7 +127,37 @@ class FeatureBuilder:
             arrays |= _pixel_columns(model, per_row)
             if self._plan.uses_gpu:
                 arrays |= _form_columns(model, per_row)
+        if is_encoded.any():
+            arrays = _with_encoded(arrays, self._spec.image_models[0], table[self._image_names[0]], encoded)
         return arrays, bad
+
+    def _find_encoded(self, table: pa.Table, candidates: npt.NDArray[np.bool_]) -> Int32:
+        """See `find_encoded`; none where a row's image is not one cell's bytes, or nothing ships as it is."""
+        name = self._image_names[0]
+        if (
+            self._plan.mode != "gpu"
+            or len(self._image_names) > 1
+            or len(self._spec.image_models) > 1
+            or not pa.types.is_binary(table.schema.field(name).type)
+        ):
+            return np.zeros((table.num_rows, 3), dtype=np.int32)
+        is_valid = pc.is_valid(table[name]).to_numpy(zero_copy_only=False)
+        return find_encoded(table[name], candidates & is_valid, self._fetcher.max_pixels)
+
+    def _fetch(self, table: pa.Table, wanted: npt.NDArray[np.bool_]) -> dict[int, list[list[Fetched]]]:
+        """What the wanted rows' cells name, by row and column."""
+        max_images = max(model.max_images for model in self._spec.image_models)
+        cells = table.select(self._image_names).filter(pa.array(wanted))
+        references = [
+            split_references(cells[name], column, max_images)
+            for name, column in zip(self._image_names, self._spec.image, strict=True)
+        ]
+        named = [list(row) for row in zip(*references, strict=True)]
+        fetched = [
+            [list(zip(*column, strict=True)) for column in zip(names, contents, strict=True)]
+            for names, contents in zip(named, self._fetcher.fetch_all(named), strict=True)
+        ]
+        return dict(zip(np.flatnonzero(wanted).tolist(), fetched, strict=True))
 
     def _row_images(self, columns: list[list[Fetched]] | None, on_cpu: bool) -> list[ModelImages] | BadImageError:
         """One row's images a model, or the first thing wrong with it."""
@@ -342,6 +366,35 @@ def _form_columns(model: ImageModel, rows: list[ModelImages]) -> dict[str, pa.Ar
     return {
         feature_name(model.prefix, "form"): pa.array(forms, type=pa.int8()),
         feature_name(model.prefix, "sizes"): _ragged(sizes),
+    }
+
+
+def _with_encoded(
+    arrays: dict[str, pa.Array], model: ImageModel, cells: pa.ChunkedArray, encoded: Int32
+) -> dict[str, pa.Array]:
+    """The image columns with the cells of those rows put in that `find_encoded` found, which have no image in them."""
+    is_encoded = encoded[:, 0] > 0
+    pixels, valid_num, form, sizes = (
+        feature_name(model.prefix, key) for key in ("pixels", "valid_num", "form", "sizes")
+    )
+    lengths = np.where(is_encoded, 3, arrays[sizes].value_lengths().to_numpy())
+    flat = np.empty(int(lengths.sum()), dtype=np.int32)
+    is_theirs = np.repeat(is_encoded, lengths)
+    flat[is_theirs] = encoded[is_encoded].ravel()
+    flat[~is_theirs] = arrays[sizes].flatten().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    contents = cells.cast(pa.large_binary())
+    if not is_encoded.all():
+        others = arrays[pixels]
+        # Rows without an image alone are a third of the work.
+        is_empty = pc.max(pc.binary_length(others)).as_py() == 0
+        contents = pc.if_else(pa.array(is_encoded), contents, pa.scalar(b"", others.type) if is_empty else others)
+    return {
+        **arrays,
+        pixels: contents,
+        valid_num: pc.if_else(pa.array(is_encoded), pa.scalar(1, pa.int32()), arrays[valid_num]),
+        form: pc.if_else(pa.array(is_encoded), pa.scalar(ENCODED, pa.int8()), arrays[form]),
+        sizes: pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
     }
 
 

@@ -2,19 +2,24 @@
 
 import io
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from scoring import features
+from scoring.columns import MARK_FIELDS, SOURCE_ROW
+from scoring.config import ImagesConfig
 from scoring.decoding import ENCODED, FRAME, PIXELS, DecodePlan, Prepared, prepare
-from scoring.features import share_of_rows
-from scoring.images import BadImageError, prepare_image
-from scoring.jpeg import hardware_size, pillow_size, plain_size
-from scoring.spec import ImageModel
+from scoring.features import FeatureBuilder, share_of_rows
+from scoring.images import BadImageError, ImageFetcher, prepare_image
+from scoring.jpeg import hardware_size, pillow_size, plain_file_size, plain_size
+from scoring.spec import FeatureSpec, ImageColumn, ImageModel
 
 MODEL = ImageModel("image", 64, (0.5,) * 3, (0.5,) * 3, ("resize_shorter_side", "center_crop"), 1)
 GPU = DecodePlan("gpu", resizes_on_gpu=True, cpu_share=0.5)
@@ -110,6 +115,60 @@ def test_what_looks_plain_is_what_pillow_says_it_is(
     if cut is not None:
         del changed[cut[0] : cut[0] + cut[1]]
     assert plain_size(bytes(changed)) in (None, pillow_size(bytes(changed)))
+    if changed.endswith(b"\xff\xd9"):
+        assert plain_file_size(memoryview(changed)) in (None, plain_size(bytes(changed)))
+
+
+def test_a_known_header_gives_each_file_its_own_size() -> None:
+    for content in (*SOUND, *SOUND):
+        assert plain_file_size(memoryview(content)) == (120, 90)
+    assert plain_file_size(memoryview(jpeg(picture(90, 120)))) == (90, 120)
+    no_height = bytearray(SOUND[0])
+    no_height[163:165] = b"\0\0"
+    assert plain_file_size(memoryview(no_height)) is None
+    # A comment that looks like the frame: what it says is not the size, whatever was seen before.
+    for width in (1, 2, 3):
+        fake = b"\xff\xc0\0\x11\x08\0\x07\0" + bytes([width])
+        assert plain_file_size(memoryview(jpeg(comment=fake))) == (120, 90)
+    assert plain_file_size(memoryview(jpeg(comment=b"long" * 300))) is None, "left to who reads the whole file"
+
+
+def image_table(cells: list[bytes | None]) -> pa.Table:
+    """Rows as feature workers get them, the image column in three chunks, one of them a slice."""
+    third = len(cells) // 3
+    chunks = [pa.array(cells[:third], pa.binary()), pa.array([b"before", *cells[third : 2 * third]], pa.binary())[1:]]
+    marks = {field.name: pa.nulls(len(cells), field.type) for field in MARK_FIELDS}
+    column = pa.chunked_array([*chunks, pa.array(cells[2 * third :], pa.binary())])
+    return pa.table({"model:Images": column, SOURCE_ROW: pa.array(range(len(cells)), pa.int64()), **marks})
+
+
+def test_cells_that_ship_as_they_are_ship_as_when_each_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual: list[bytes | None] = [jpeg(picture(90 + i, 100), quality=80 + i) for i in range(9)]
+    odd = [*UNUSUAL.values(), None, b"", b"no image", jpeg(picture(700, 80)), jpeg(comment=b"long" * 300)]
+    column = ImageColumn("Images", "image_bytearray")
+    spec = FeatureSpec("y", "binary", (0, 1), (), (), (), (column,), (), (), (), (MODEL,), False)
+    fetcher = ImageFetcher(ImagesConfig(base="/", max_pixels=MAX_PIXELS))
+    whole = DecodePlan("gpu", resizes_on_gpu=True)
+    for cells, plan in (
+        (usual, whole),
+        ([*usual, None], whole),
+        ([*usual, *odd, *usual], whole),
+        ([*usual, *odd], GPU),
+    ):
+        table, looked_at = image_table(cells), Mock(wraps=prepare)
+        monkeypatch.setattr(features, "prepare", looked_at)
+        at_once = FeatureBuilder(spec, fetcher, plan)(table)
+        assert looked_at.call_count <= len(cells) - len(usual) // 3
+        looked_at.reset_mock()
+        with monkeypatch.context() as patches:
+            patches.setattr(features, "find_encoded", lambda cells, *_: np.zeros((len(cells), 3), dtype=np.int32))
+            one_by_one = FeatureBuilder(spec, fetcher, plan)(table)
+        assert looked_at.call_count >= len(usual)
+        assert at_once.column_names == one_by_one.column_names
+        for name in at_once.column_names:
+            assert at_once[name].to_pylist() == one_by_one[name].to_pylist(), name
+    missing = table.set_column(0, "model:Images", pa.nulls(table.num_rows, pa.binary()))
+    assert set(FeatureBuilder(spec, fetcher, whole)(missing)["feat:image:valid_num"].to_pylist()) == {0}
 
 
 @pytest.mark.parametrize("plan", [GPU, DecodePlan("exact", resizes_on_gpu=True)])
