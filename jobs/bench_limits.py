@@ -33,7 +33,7 @@ _TIMEOUT_S = 900.0
 _COUNT_ROWS = 2048
 # A forward as ours has it by default (batch.rows, batch.tokens).
 _GPU_ROWS, _CPU_ROWS, _QUICK_ROWS = 512, 64, 16
-_MAX_TOKENS = 128 * _GPU_ROWS
+_MAX_TOKENS = 192 * _GPU_ROWS
 _COMPILED = "torch-compiled"
 
 

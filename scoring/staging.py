@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Rows and padded tokens a forward: on an H100 128 rows run at 3/4 of the rate of 512. On a CPU 64 images are 39 MB in fp32,
 # and more rows gain nothing.
 GPU_ROWS, _CPU_ROWS = 512, 64
-_GPU_TOKENS = 128 * GPU_ROWS
+_GPU_TOKENS = 192 * GPU_ROWS
 _PLACES = "places"
 
 
