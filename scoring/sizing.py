@@ -105,7 +105,7 @@ def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Poo
     scale = _cpu_scale(sizes, cpus, workers, actors, 0 if share else threads)
     # Ray takes fractions of 1/10,000; rounding up could let the sum pass what is there.
     scoring_cpus, feature_cpus = (math.floor(1000 * scale * count) / 1000 for count in (0 if share else threads, 1))
-    rooms = int((sum(sizes) - actors * scoring_cpus - workers * feature_cpus) / IO_CPUS + 1e-6)
+    rooms = int((min(cpus, sum(sizes)) - actors * scoring_cpus - workers * feature_cpus) / IO_CPUS + 1e-6)
     return Pools(
         scoring_actors=actors,
         gpus_per_actor=share,

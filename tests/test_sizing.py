@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.score import usable_cpus
 from scoring.config import ScoreConfig, load_config
 from scoring.decoding import DecodePlan
 from scoring.sizing import IO_CPUS, Pools, cpu_share, plan_decode, size_flow, size_pools
@@ -36,7 +37,18 @@ def test_pools_leave_room_for_a_read_and_a_write(tmp_path: Path, resources: Mapp
 def test_reads_take_most_of_the_room_beside_the_pools(tmp_path: Path) -> None:
     assert size_pools(config(tmp_path), [H100]).read_tasks == 3
     assert size_pools(config(tmp_path), [LAPTOP]).read_tasks == 1
+    assert size_pools(config(tmp_path, "resources.cpus=4"), [H100]).read_tasks == 3, "not all that the cluster has left"
     assert size_pools(config(tmp_path), [{"CPU": 128.0, "GPU": 8.0}]).read_tasks == 24
+
+
+def test_a_ray_of_our_own_has_the_cores_that_are_left_to_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert usable_cpus(None) is None, "Ray also knows what a container may use"
+    assert usable_cpus(4) == 4
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert usable_cpus(None) == usable_cpus(8) == 4
+    assert usable_cpus(2) == 2
 
 
 def test_explicit_numbers_win(tmp_path: Path) -> None:
