@@ -109,12 +109,16 @@ class Gate:
 
     def rows_per_s(self, engine: Engine) -> float:
         """The engine's rate over the batches to be timed, host to host, for about a second, or an earlier run's."""
-        return measured_rate(self._request, engine.provider, engine.precision, lambda: self.time(engine))
+
+        def measure() -> float:
+            engine.warm_up()  # what is kept is the rate of all of it
+            return self.time(engine)
+
+        return measured_rate(self._request, engine.provider, engine.precision, measure)
 
     def time(self, engine: Engine) -> float:
         """`rows_per_s`, measured now and not kept."""
         # Shapes are seen once before the clock starts.
-        engine.warm_up()
         batches = self._timed or self._sample
         for arrays in self._timed:
             engine.forward(arrays)

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from scoring import gate as gate_module
 from scoring.engines.build import EngineRequest
 from scoring.engines.cache import EngineCache
 from scoring.gate import Gate
 from scoring.parity import compare
 from tests.pixels import SPEC
+
+
+def never() -> Any:
+    raise AssertionError("no predictor is needed")
+
 
 REFERENCE = np.array([[0.9, 0.1], [0.504, 0.496], [0.2, 0.8]], dtype=np.float32)
 
@@ -64,9 +70,6 @@ def test_regression_has_no_labels_to_flip() -> None:
 
 
 def test_engines_that_differ_in_the_run_are_told_apart_wherever_their_logits_lie(tmp_path: Path) -> None:
-    def never() -> Any:
-        raise AssertionError("no predictor is needed")
-
     gate = Gate(EngineRequest(never, SPEC, EngineCache(str(tmp_path)), max_abs_diff=0.005))
     wanted = np.array([[0.0, 0.0], [2.0, -2.0], [np.nan, 1.0]], dtype=np.float32)
     # A probability of 0.5 moves by 0.0095, twice the limit is 0.01.
@@ -77,3 +80,34 @@ def test_engines_that_differ_in_the_run_are_told_apart_wherever_their_logits_lie
     assert told == "0 of 2 rows are not finite, the others differ by up to 1.12e-02, limit 0.01"
     near[1] = np.inf
     assert "1 of 2 rows are not finite" in str(gate.difference(wanted, near))
+
+
+def test_the_rate_that_is_kept_is_that_of_an_engine_with_all_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A takeover times the first engine as it is: nothing more is prepared for one that is about to go."""
+    monkeypatch.setattr(gate_module, "_TIMED_S", 0.01)
+    seen: list[str] = []
+
+    class Warming:
+        provider, precision, device = "cpu", "fp32", "cpu"
+
+        def warm_up(self) -> None:
+            seen.append("warms up")
+
+        def forward(self, arrays: Any) -> Any:
+            seen.append("scores")
+            return np.zeros((len(next(iter(arrays.values()))), 2), dtype=np.float32)
+
+    batch = {"image:pixels": np.zeros((4, 1, 8, 8, 3), dtype=np.uint8)}
+    request = EngineRequest(never, SPEC, EngineCache(str(tmp_path)), sample=lambda: [batch], provider="cpu")
+    gate = Gate(request)
+    engine: Any = Warming()
+    assert gate.time(engine) > 0
+    assert "warms up" not in seen
+    rate = gate.rows_per_s(engine)
+    assert seen.count("warms up") == 1
+    assert seen.index("warms up") < len(seen) - 1
+    seen.clear()
+    assert gate.rows_per_s(engine) == rate
+    assert not seen, "an earlier run's figure"
