@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.bench_score import Entry, ScoreJob
 from jobs.bench_series import steady_rate, thin_out
 from jobs.bench_watch import watch
+from scoring.staging import CPU_ROWS, GPU_ROWS, GPU_TOKENS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,9 +32,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_S = 900.0
 # Rows a counting task: small, so that the rows that pass are seen often.
 _COUNT_ROWS = 2048
-# A forward as ours has it by default (batch.rows, batch.tokens).
-_GPU_ROWS, _CPU_ROWS, _QUICK_ROWS = 512, 64, 16
-_MAX_TOKENS = 192 * _GPU_ROWS
+_QUICK_ROWS = 16
 _COMPILED = "torch-compiled"
 
 
@@ -53,7 +52,7 @@ def measure_forward_limit(
         lambda: predictor,
         spec,
         EngineCache(str(cache)),
-        batch_rows=_GPU_ROWS if has_gpu() else _CPU_ROWS,
+        batch_rows=GPU_ROWS if has_gpu() else CPU_ROWS,
         num_threads=os.cpu_count() or 1,
     )
     engine, name = build_used(request, used)
@@ -103,7 +102,7 @@ def _forward_rate(engine: Any, request: Any, tokens: int, *, quick: bool) -> dic
     from scoring.engines.torch_engine import CUDA, to_tensor
     from scoring.flat import describe_inputs, synthetic_arrays
 
-    most = min(_QUICK_ROWS if quick else request.batch_rows, _MAX_TOKENS // max(1, tokens))
+    most = min(_QUICK_ROWS if quick else request.batch_rows, GPU_TOKENS // max(1, tokens))
     rows = max(count for count in request.shapes.rows if count <= most)
     arrays = synthetic_arrays(request.spec, rows=rows, tokens=tokens, seed=tokens)
     times: Any = {"seconds": 0.3, "repeats": 1, "warm_ups": 1} if quick else {"seconds": 1.0}

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Rows and padded tokens a forward: on an H100 128 rows run at 3/4 of the rate of 512. On a CPU 64 images are 39 MB in fp32,
 # and more rows gain nothing.
-GPU_ROWS, _CPU_ROWS = 512, 64
-_GPU_TOKENS = 192 * GPU_ROWS
+GPU_ROWS, CPU_ROWS = 512, 64
+GPU_TOKENS = 192 * GPU_ROWS
 _PLACES = "places"
 
 
@@ -93,8 +93,8 @@ class Staging:
     def __init__(self, spec: FeatureSpec, config: ScoreConfig, decode: DecodePlan, *, on_gpu: bool) -> None:
         self._spec = spec
         self.on_gpu = on_gpu
-        self.max_rows = config.batch.rows or (GPU_ROWS if on_gpu else _CPU_ROWS)
-        self._max_tokens = config.batch.tokens or (_GPU_TOKENS if on_gpu else None)
+        self.max_rows = config.batch.rows or (GPU_ROWS if on_gpu else CPU_ROWS)
+        self._max_tokens = config.batch.tokens or (GPU_TOKENS if on_gpu else None)
         self._halvings = 0
         self._shapes = Shapes.of(spec, self.max_rows) if on_gpu else None
         self._own = threading.local()

@@ -184,10 +184,14 @@ class OnnxGpuEngine(GpuEngine):
                 self._open(count)
                 self._run_zeros(count)
             except Exception as error:
-                # The other counts do as well, less fast.
                 self._sessions.pop(count, None)
-                logger.warning("engine: no batches of %d rows: %s", count, describe_error(error))
-        logger.info("engine: planned for batches of %s rows in %.1f s", list(counts), time.perf_counter() - start)
+                logger.warning(
+                    "engine: no batches of %d rows: %s; they go through others in parts, less fast",
+                    *(count, describe_error(error)),
+                    exc_info=True,
+                )
+        seconds = time.perf_counter() - start
+        logger.info("engine: batches of %s rows have a plan now, %.1f s", sorted(self._sessions), seconds)
 
     def _run_zeros(self, rows: int) -> None:
         import torch
