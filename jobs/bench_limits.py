@@ -66,7 +66,7 @@ def measure_forward_limit(
 
 def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
     """The engine that a part names, the compiled one if it is among several, warmed up; and its name."""
-    from scoring.engines.build import build_compiled, build_engine, has_gpu
+    from scoring.engines.build import build_engine, has_gpu
 
     # A part names every engine that scored it, as provider-precision-device.
     names = [name for names in used for name in names.split(", ")] or [
@@ -75,8 +75,6 @@ def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
     name = next((name for name in names if name.startswith(_COMPILED)), names[0])
     precision: Any = "fp16" if "-fp16-" in name else "fp32"
     provider = name.partition(f"-{precision}-")[0]
-    if provider == _COMPILED:
-        return build_compiled(request, precision), f"{provider}-{precision}"
     engine = build_engine(request, provider, precision)[0]
     engine.warm_up()
     return engine, f"{provider}-{precision}"

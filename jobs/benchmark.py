@@ -132,7 +132,8 @@ def _forward_engines(request: Any, only: str | None) -> Iterator[tuple[str, Any]
     """Every way to run the network here, or those of `only`: ours by provider and precision, and what upstream does or
     would do."""
     from scoring.engines.base import EngineUnavailable
-    from scoring.engines.build import build_compiled, build_engine, has_gpu
+    from scoring.engines.build import build_engine, has_gpu
+    from scoring.engines.compiled import build_compiled
 
     ways: list[tuple[str, Callable[[], Any]]] = [
         ("torch fp32 (reference)", lambda: build_engine(request, "torch", "fp32")[0])

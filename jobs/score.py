@@ -113,7 +113,7 @@ def _score(
         timings,
         start_ray=lambda: _start_ray(ray, config.resources.cpus, starts_one=starts_ray),
         retry_of=retry_of,
-        is_ray_here=starts_ray,
+        own_cpus=(usable_cpus(config.resources.cpus) or os.cpu_count()) if starts_ray else None,
     )
     summary["run_id"] = plan.run.run_id
     if dry_run:

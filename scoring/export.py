@@ -50,7 +50,7 @@ def export_onnx(predictor: "MultiModalPredictor", spec: FeatureSpec, path: Path)
     tokens = min([17, *(text_model.max_len for text_model in spec.text_models)])
     arrays = synthetic_arrays(spec, rows=3, tokens=tokens)
     free = {item.name: {axis: size for axis, size in enumerate(item.shape) if isinstance(size, str)} for item in inputs}
-    with torch.no_grad(), _traceable_len():
+    with torch.no_grad(), traceable_len():
         torch.onnx.export(
             model,
             tuple(torch.from_numpy(arrays[item.name]) for item in inputs),
@@ -65,7 +65,7 @@ def export_onnx(predictor: "MultiModalPredictor", spec: FeatureSpec, path: Path)
 
 
 @contextmanager
-def _traceable_len() -> Iterator[None]:
+def traceable_len() -> Iterator[None]:
     """Let `len(tensor)` in upstream's transformer be traced: as built in, it freezes the number of rows."""
     import torch
     from autogluon.multimodal.models import custom_transformer

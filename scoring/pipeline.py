@@ -65,6 +65,9 @@ logger = logging.getLogger(__name__)
 _REFUSALS = {kind.__name__: kind for kind in (EngineError, ParityError, DecoderError)}
 # Among an attempt's decisions: how its images were decoded, which is not always what was planned.
 IMAGES = "images"
+# Rows that are new to a known predictor need AutoGluon too, for the gate's reference: on 16 cores it came at 30 of the 39 s to
+# the first score. Where cores are few its import would hold up Ray.
+_EARLY_CPUS = 8
 _PROBE_GPUS = 0.01  # any part of a GPU puts a task on its node
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -124,12 +127,13 @@ def prepare(
     start_ray: Callable[[], None],
     *,
     retry_of: str | None = None,
-    is_ray_here: bool = False,
+    own_cpus: int | None = None,
 ) -> Plan:
     """Check everything that can be checked before a row is read; writes nothing but the caches.
 
     `retry_of` names a published run whose quarantined rows are to be tried again. `start_ray` is called where Ray is first
-    needed: bad input and a refused predictor are told before that. `is_ray_here`: Ray will be this machine alone. Raises
+    needed: bad input and a refused predictor are told before that. `own_cpus`: the CPUs of a Ray that will be
+    this machine alone (None: it is elsewhere or there already). Raises
     ConfigError, PredictorError, InputError.
     """
     with timings.phase("list_inputs_s"):
@@ -142,10 +146,10 @@ def prepare(
         predictor_hash = check_hash(folder, uri, config.predictor.sha256)
         refuse_unsupported(folder)
         spec = load_spec(predictor_hash, config.engine.cache)
-    preparer = None
+    preparer = early = None
     if spec is None:
         # Elsewhere it belongs beside a GPU, and Ray alone knows where one is.
-        early = EarlyPreparer(config, predictor_hash) if is_ray_here else None
+        early = EarlyPreparer(config, predictor_hash) if own_cpus else None
         with timings.phase("ray_init_s"):
             start_ray()
         with timings.phase("predictor_s"):
@@ -157,8 +161,11 @@ def prepare(
     if old is not None:
         mark = retry_fingerprint(mark, old)
     run = RunFolder(config.output.path, config.run.id or mark.run_id)
+    if early is None and (own_cpus or 0) >= _EARLY_CPUS:
+        early = EarlyPreparer(config, predictor_hash)
     with timings.phase("ray_init_s"):
         start_ray()
+    preparer = preparer or (_start_preparer(config, predictor_hash, early) if early else None)
     pools = size_pools(config, _nodes())
     decode = _plan_decode(config, spec, pools)
     flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
@@ -242,16 +249,20 @@ class PreparerActor:
     def __init__(self, config: ScoreConfig, predictor_hash: str, address: Address | None) -> None:
         _set_up_worker()
         own = partial(Preparer, config, predictor_hash)
-        self._preparer = own() if address is None else RemotePreparer(address, own)
+        self._kept = own()
+        self._preparer = self._kept if address is None else RemotePreparer(address, own)
 
     def spec(self) -> str:
         return self._preparer.spec()
 
     def build(self, spec_json: str, for_gpu: bool, rtx_capabilities: Sequence[str]) -> None:
-        self._preparer.build(spec_json, for_gpu=for_gpu, rtx_capabilities=rtx_capabilities)
+        # The other process may still import AutoGluon, which what is in the cache need not wait for.
+        if rtx_capabilities or not self._kept.is_built(spec_json, for_gpu=for_gpu):
+            self._preparer.build(spec_json, for_gpu=for_gpu, rtx_capabilities=rtx_capabilities)
 
     def reference(self, spec_json: str, sample: Sample | None) -> Scores | None:
-        return self._preparer.reference(spec_json, sample)
+        known = self._kept.known_reference(spec_json, sample)
+        return self._preparer.reference(spec_json, sample) if known is None else known
 
 
 def _extract_spec(preparer: Any, predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
@@ -411,6 +422,8 @@ def score(plan: Plan, attempt: AttemptFolder) -> dict[str, float]:
     if not attempt.decisions().keys() - {IMAGES}:  # else an earlier attempt's actors have examined the engine
         # Ray ends an actor that nobody holds any more: it is held here until all rows are scored.
         preparer = plan.preparer or _start_preparer(plan.config, plan.predictor_hash)
+    elif plan.preparer is not None and plan.preparer.process is not None:
+        plan.preparer.process.close()
     dataset = score_features(read_features(plan, attempt), plan, attempt, preparer.actor if preparer else None)
     # Where the rows are not known before they are read, only the end tells whether too many are bad.
     limit = None if plan.total_rows is None else (plan.total_rows, plan.config.quarantine.max_fraction)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from scoring.config import ScoreConfig
-from scoring.engines.build import EngineRequest, build_graph, build_rtx_ahead, library_versions
+from scoring.engines.build import EngineRequest, build_graph, build_rtx_ahead, is_exported, library_versions
 from scoring.engines.cache import EngineCache, Key
 from scoring.flat import Precision
 from scoring.parity import Scores
@@ -53,17 +53,33 @@ class Preparer:
 
         What an earlier run has left there costs nothing.
         """
-        provider, precision = self._config.engine.provider, self._config.engine.precision
-        half: Precision = "fp32" if precision == "fp32" or not for_gpu else "fp16"
+        provider = self._config.engine.provider
+        half = self._precision(for_gpu)
         request = EngineRequest(self._load, FeatureSpec.from_json(spec_json), self._cache)
         try:
-            if provider in ("auto", "cuda" if for_gpu else "cpu"):
+            if provider in ("auto", _graph_provider(for_gpu)):
                 build_graph(request, half, "onnxruntime")
             for capability in rtx_capabilities if provider in ("auto", "tensorrt") else ():
                 build_rtx_ahead(replace(request, batch_rows=self._config.batch.rows or GPU_ROWS), half, capability)
         except Exception as error:
             # The actors meet it again, and the decision says so.
             logger.warning("engine: nothing was built ahead: %s: %s", type(error).__name__, error)
+
+    def is_built(self, spec_json: str, *, for_gpu: bool) -> bool:
+        """Whether `build` would export nothing, as far as ONNX Runtime's graphs go."""
+        request = EngineRequest(self._load, FeatureSpec.from_json(spec_json), self._cache)
+        return is_exported(request, _graph_provider(for_gpu), self._precision(for_gpu))
+
+    def _precision(self, for_gpu: bool) -> Precision:
+        return "fp32" if self._config.engine.precision == "fp32" or not for_gpu else "fp16"
+
+    def known_reference(self, spec_json: str, sample: Sample | None) -> Scores | None:
+        """What `reference` kept for an earlier run over the same rows."""
+        if sample is None:
+            return None
+        folder = self._cache.find(reference_key(FeatureSpec.from_json(spec_json), sample))
+        scores: Scores | None = np.load(folder / _FILE) if folder else None
+        return scores
 
     def reference(self, spec_json: str, sample: Sample | None) -> Scores | None:
         """AutoGluon's scores of a sample's rows, in its order, kept for later runs over the same rows; None without rows.
@@ -85,6 +101,10 @@ class Preparer:
 
         scores: Scores = np.load(self._cache.get(key, compute) / _FILE)
         return scores
+
+
+def _graph_provider(for_gpu: bool) -> str:
+    return "cuda" if for_gpu else "cpu"
 
 
 def reference_key(spec: FeatureSpec, sample: Sample) -> Key:

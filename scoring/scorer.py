@@ -101,6 +101,7 @@ class Scorer:
             num_threads=setup.num_threads,
             rows_left=setup.rows_left,
             max_abs_diff=config.parity.max_abs_diff,
+            folder=folder,
         )
         load_s = time.perf_counter() - start
         self._engine, self.decision = _decide(self._with_sample(request, setup.sample), setup)

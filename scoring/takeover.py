@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from scoring.decision import COMPILED, Rung, describe_error
 from scoring.engines.base import Engine
-from scoring.engines.build import EngineRequest, build_compiled
+from scoring.engines.build import EngineRequest
+from scoring.engines.compiled import build_compiled
 from scoring.flat import BatchArrays, Logits, Precision
 from scoring.gate import Gate
 

@@ -132,7 +132,8 @@ def compare_engines(subject: Subject) -> dict[str, Any]:
 
 def _ways(request: Any, *, is_usual: bool) -> dict[str, Callable[[], Any]]:
     """Every engine of this machine by name; without a GPU the fp16 graph of the cuda engine runs on the CPU."""
-    from scoring.engines.build import build_compiled, build_engine, build_graph, has_gpu
+    from scoring.engines.build import build_engine, build_graph, has_gpu
+    from scoring.engines.compiled import build_compiled
     from scoring.engines.onnx_engine import OnnxCpuEngine
 
     ways: dict[str, Callable[[], Any]] = {"torch-fp32": lambda: build_engine(request, "torch", "fp32")[0]}

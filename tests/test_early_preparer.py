@@ -18,6 +18,8 @@ import pytest
 from scoring.config import ScoreConfig, load_config
 from scoring.early_preparer import Address, EarlyPreparer, RemotePreparer, serve
 from scoring.errors import PredictorError
+from scoring.parity import Scores
+from scoring.pipeline import PreparerActor
 from scoring.processes import ProcessMark
 
 
@@ -91,6 +93,38 @@ def test_who_does_not_know_the_key_gets_nothing_and_the_next_one_is_served(serve
     assert (len(own.built), stub.built) == (1, []), "it does its work itself"
     RemotePreparer(address, never).build("spec", for_gpu=False)
     assert len(stub.built) == 1
+
+
+class Kept:
+    """A `Preparer` whose cache has all, or nothing."""
+
+    def __init__(self, scores: Scores | None) -> None:
+        self.scores = scores
+
+    def is_built(self, spec_json: str, *, for_gpu: bool) -> bool:
+        return self.scores is not None
+
+    def known_reference(self, spec_json: str, sample: Any) -> Scores | None:
+        return self.scores
+
+
+def test_what_an_earlier_run_kept_does_not_wait_for_the_import(
+    served: tuple[Stub, Address], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub, address = served
+    actor = PreparerActor(config_for(tmp_path), "0" * 64, address)
+    kept = np.ones((1, 2), dtype=np.float32)
+    monkeypatch.setattr(actor, "_kept", Kept(kept))
+    assert actor.reference("spec", None) is kept
+    actor.build("spec", for_gpu=True, rtx_capabilities=())
+    assert not stub.built
+    actor.build("spec", for_gpu=True, rtx_capabilities=("SM89",))
+    monkeypatch.setattr(actor, "_kept", Kept(None))
+    actor.build("spec", for_gpu=False, rtx_capabilities=())
+    assert len(stub.built) == 2
+    scores = actor.reference("spec", object)  # type: ignore[arg-type]
+    assert scores is not None
+    assert len(scores) == 3
 
 
 def config_for(tmp_path: Path) -> ScoreConfig:

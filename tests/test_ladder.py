@@ -65,6 +65,8 @@ class StubGate:
     def known_rate(self, provider: str, precision: str) -> float | None:
         return KNOWN_RATES.get((provider, precision))
 
+    def reference(self) -> None: ...
+
     def parity(self, engine: StubEngine) -> Parity:
         return Parity(64, engine.difference, engine.difference, 1.0, 0, 0)
 
@@ -108,6 +110,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(ladder, "build_engine", build)
     monkeypatch.setattr(ladder, "is_exported", lambda request, provider, precision: False)
+    # Where a test adds the compiled engine, an earlier run has left it.
+    monkeypatch.setattr(ladder, "is_compiled", lambda request, precision: ("torch-compiled", precision) in engines)
     KNOWN_RATES.clear()
     monkeypatch.setattr(ladder, "Gate", StubGate)
     monkeypatch.setattr(ladder, "has_gpu", lambda: True)
@@ -128,12 +132,46 @@ def test_the_fastest_that_passes_is_used_and_every_rung_is_told(machine: Machine
     engine, decision = choose_engine(request_for(tmp_path, rows_left=900_000))
     assert engine is machine["cuda", "fp16"]
     assert outcomes(decision) == {
-        "torch-fp16": "slower",
         "cuda-fp16": "used",
         "tensorrt-fp16": "skipped",
+        "torch-fp16": "skipped",
         "torch-compiled-fp16": "skipped",
     }
-    assert cast("StubEngine", machine["torch", "fp16"]).is_closed
+
+
+def test_torch_that_is_not_compiled_holds_no_first_score_back(machine: Machine, tmp_path: Path) -> None:
+    machine["torch", "fp16"] = EngineUnavailable("nobody asks for it")
+    _, decision = choose_engine(request_for(tmp_path, rows_left=1_700_000))
+    rung = next(rung for rung in decision.rungs if rung.provider == "torch")
+    assert (rung.outcome, rung.reason) == ("skipped", "not compiled it is slower than what runs graphs")
+
+
+@pytest.mark.parametrize(("rate", "used"), [(46_000, "torch-compiled"), (10_000, "cuda")])
+def test_what_an_earlier_run_compiled_is_a_rung_like_any_other(
+    machine: Machine, tmp_path: Path, rate: float, used: str
+) -> None:
+    machine["torch-compiled", "fp16"] = StubEngine("torch-compiled", "fp16", rate, 1e-3)
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=10_000_000))
+    assert engine is machine[used, "fp16"], "no takeover: there is nothing to wait for"
+    assert (decision.provider, decision.compiles) == (used, False)
+    other = "cuda" if used == "torch-compiled" else "torch-compiled"
+    assert outcomes(decision)[f"{used}-fp16"] == "used"
+    assert outcomes(decision)[f"{other}-fp16"] == "slower"
+    assert cast("StubEngine", machine[other, "fp16"]).is_closed
+
+
+def test_torch_that_was_named_is_relieved_at_once_by_what_an_earlier_run_compiled(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine["torch-compiled", "fp16"] = StubEngine("torch-compiled", "fp16", 46_000, 1e-3)
+    ready, _ = compiling(monkeypatch, lambda: machine["torch", "fp16"])
+    ready.set()
+    request = request_for(tmp_path, provider="torch", rows_left=100_000)
+    engine, decision = choose_engine(request)
+    assert isinstance(engine, Takeover), "100,000 rows take 5 s"
+    assert decision.compiles
+    del machine["torch-compiled", "fp16"]
+    assert choose_engine(request)[0] is machine["torch", "fp16"], "compiling takes longer"
 
 
 def test_what_earlier_runs_timed_is_not_built_to_be_found_slower(machine: Machine, tmp_path: Path) -> None:
@@ -175,8 +213,8 @@ def test_fp32_is_tried_where_no_fp16_passes(machine: Machine, tmp_path: Path) ->
 def test_a_build_that_costs_more_than_it_saves_is_skipped(machine: Machine, tmp_path: Path) -> None:
     engine, decision = choose_engine(request_for(tmp_path, rows_left=2_000))
     assert engine is machine["cuda", "fp16"]
-    skipped = next(rung for rung in decision.rungs if rung.provider == "torch")
-    assert (skipped.outcome, skipped.reason) == ("skipped", "2000 rows take 0.1 s on cuda-fp16, this build about 25 s")
+    skipped = next(rung for rung in decision.rungs if rung.provider == "tensorrt")
+    assert (skipped.outcome, skipped.reason) == ("skipped", "2000 rows take 0.1 s on cuda-fp16, this build about 60 s")
 
 
 def test_no_engine_at_all_is_an_error_that_names_every_rung(machine: Machine, tmp_path: Path) -> None:
@@ -184,7 +222,7 @@ def test_no_engine_at_all_is_an_error_that_names_every_rung(machine: Machine, tm
         if isinstance(engine, StubEngine):
             engine.difference = 1.0
     with pytest.raises(
-        EngineError, match=r"cuda-fp16 refused.*torch-fp16 refused.*tensorrt-fp16 unavailable.*cuda-fp32"
+        EngineError, match=r"cuda-fp16 refused.*tensorrt-fp16 unavailable.*torch-fp16 refused.*cuda-fp32"
     ):
         choose_engine(request_for(tmp_path))
 
@@ -225,6 +263,28 @@ def test_actors_of_one_run_share_one_decision(
         shared_engine(request_for(tmp_path, reference=lambda: np.zeros((64, 1))), uri)
     # A rerun's actors have no reference: the first attempt's examined the engine.
     assert shared_engine(request_for(tmp_path), uri)[0] is engine
+
+
+def test_an_actor_of_another_node_begins_without_what_was_compiled_here(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "engines" / "H100.json")
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "open").touch()
+    compiled = StubEngine("torch-compiled", "fp16", 46_000, 1e-3)
+    machine["torch-compiled", "fp16"] = compiled
+    assert shared_engine(request_for(tmp_path), uri)[0] is compiled
+    assert shared_engine(request_for(tmp_path), uri)[0] is compiled, "an actor of the same node"
+    del machine["torch-compiled", "fp16"]
+    ready, join = compiling(monkeypatch, lambda: compiled)
+    engine, decision = shared_engine(request_for(tmp_path), uri)
+    assert isinstance(engine, Takeover)
+    assert decision.provider == "torch-compiled"
+    assert engine.forward({})[0, 0] == 30_000, "cuda's"
+    ready.set()
+    join()
+    assert engine.settle() is not None
+    assert engine.forward({})[0, 0] == 46_000
 
 
 def test_an_actor_that_cannot_have_the_shared_engine_says_so(machine: Machine, tmp_path: Path) -> None:

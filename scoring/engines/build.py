@@ -8,7 +8,6 @@ import ctypes
 import importlib.util
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,9 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from scoring.decision import describe_error
+from scoring.decision import COMPILED, describe_error
 from scoring.engines.base import Engine, EngineUnavailable, Shapes, num_rows
 from scoring.engines.cache import EngineCache, Key
 from scoring.export import EXPORT_VERSION, AttentionShape, Target, export_onnx, optimize_graph
@@ -62,6 +59,8 @@ class EngineRequest:
     max_abs_diff: float = 0.005
     provider_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """ONNX Runtime options by provider (`cuda`, `tensorrt`), over ours."""
+    folder: Path | None = None
+    """Where `load` finds the predictor, for a process of its own (None: it is in this process alone)."""
 
     @property
     def predictor(self) -> "MultiModalPredictor":
@@ -196,10 +195,7 @@ def _build_tensorrt10(request: EngineRequest, precision: Precision) -> Engine:
     graph = build_graph(request, precision, "tensorrt")
     # ONNX Runtime names cache files after the graph's structure: two models of one shape would share an engine. A folder a
     # key, filled under the lock of its entry.
-    import torch
-
-    device = "{} {}.{}".format(torch.cuda.get_device_name(0), *torch.cuda.get_device_capability(0))
-    key = _tensorrt_key(request, precision, "tensorrt10", _package("tensorrt-cu13-libs"), device)
+    key = _tensorrt_key(request, precision, "tensorrt10", package_version("tensorrt-cu13-libs"), gpu_name())
 
     def build(folder: Path) -> None:
         options = {
@@ -240,11 +236,18 @@ def build_rtx_ahead(request: EngineRequest, precision: Precision, capability: st
 
     bindings()
     graph = build_graph(request, precision, "tensorrt")
-    key = _tensorrt_key(request, precision, "rtx", _package("tensorrt-rtx-cu13-libs"), capability)
+    key = _tensorrt_key(request, precision, "rtx", package_version("tensorrt-rtx-cu13-libs"), capability)
     folder = request.cache.get(
         key, lambda place: build_rtx(graph, request.spec, request.shapes, capability, place / "engine.plan")
     )
     return folder / "engine.plan"
+
+
+def _build_compiled(request: EngineRequest, precision: Precision) -> Engine:
+    from scoring.engines.compiled import build_compiled
+
+    _need_gpu(COMPILED)
+    return build_compiled(request, precision)
 
 
 _BUILDERS: Mapping[str, Callable[[EngineRequest, Precision], Engine]] = {
@@ -252,6 +255,7 @@ _BUILDERS: Mapping[str, Callable[[EngineRequest, Precision], Engine]] = {
     "cpu": _build_cpu,
     "cuda": _build_cuda,
     "tensorrt": _build_tensorrt,
+    COMPILED: _build_compiled,
 }
 
 
@@ -281,13 +285,13 @@ def _graph_key(request: EngineRequest, precision: Precision, runs_on: Target) ->
 
 
 def _export_parts(request: EngineRequest) -> dict[str, str]:
-    parts = {"weights": request.spec.weights, "export": str(EXPORT_VERSION), "onnx": _package("onnx")}
+    parts = {"weights": request.spec.weights, "export": str(EXPORT_VERSION), "onnx": package_version("onnx")}
     return {**parts, **library_versions()}
 
 
 def library_versions() -> dict[str, str]:
     """The libraries that a network is made of."""
-    return {name: _package(name) for name in ("torch", "transformers", "timm", "autogluon.multimodal")}
+    return {name: package_version(name) for name in ("torch", "transformers", "timm", "autogluon.multimodal")}
 
 
 def versions() -> dict[str, str]:
@@ -310,7 +314,7 @@ def _tensorrt_key(request: EngineRequest, precision: Precision, kind: str, libra
     )
 
 
-def _package(name: str) -> str:
+def package_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -323,12 +327,8 @@ def _onnxruntime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
-    """The compiled torch engine; one process a machine compiles, the others find its kernels in inductor's cache."""
-    from scoring.engines.torch_engine import CompiledEngine
+def gpu_name() -> str:
+    """The GPU's product name and compute capability."""
+    import torch
 
-    folder = request.cache.local / "inductor"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    with FileLock(folder / f"{request.spec.weights[:16]}-{precision}.lock"):
-        return CompiledEngine(request.predictor, request.spec, precision, request.shapes)
+    return "{} {}.{}".format(torch.cuda.get_device_name(0), *torch.cuda.get_device_capability(0))

@@ -59,6 +59,7 @@ class EngineCache:
     """Entries under `uri` (a folder, or a URI with a local copy). Thread- and process-safe."""
 
     def __init__(self, uri: str) -> None:
+        self.uri = uri
         self._remote = None if is_local(uri) else uri
         self.local = Path("~/.cache/multimodal-scorer" if self._remote else uri).expanduser() / "engines"
 

@@ -175,7 +175,8 @@ class OnnxGpuEngine(GpuEngine):
         """See `Engine.warm_up`."""
         if self._is_planned:
             self._to_plan = ()
-            self._plan([count for count in reversed(self._shapes.rows) if count not in self._sessions])
+            counts = counts_that_pay(self._shapes.rows, max(_PAYS_ROWS))
+            self._plan([count for count in counts if count not in self._sessions])
 
     def _plan(self, counts: Sequence[int]) -> None:
         start = time.perf_counter()
