@@ -5,10 +5,12 @@ Owns its place in the cache and the process that fills it. In the process that s
 """
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,6 +33,7 @@ from scoring.spec import FeatureSpec
 logger = logging.getLogger(__name__)
 
 _FILE = "model.pt2"
+_WHEELS = "cu13"  # below `nvidia`, of this major version
 # The run's own work comes first.
 _NICE = 10
 _ANSWER = "compiled ahead: "
@@ -138,6 +141,16 @@ def compile_elsewhere(request: EngineRequest, precision: Precision) -> None:
         raise EngineUnavailable(error)
 
 
+def _find_headers() -> None:
+    """Let torch compile with CUDA's headers from wheels (the extra `compile`) where the machine has no toolkit."""
+    if "CUDA_HOME" in os.environ or shutil.which("nvcc") or Path("/usr/local/cuda").exists():
+        return
+    nvidia = importlib.util.find_spec("nvidia")
+    for place in nvidia.submodule_search_locations or () if nvidia else ():
+        if (Path(place) / _WHEELS / "include" / "crt").exists():
+            os.environ["CUDA_HOME"] = str(Path(place) / _WHEELS)
+
+
 def _end_with_parent() -> None:
     """Ends this process when the one that started it closes its side, as its end does, however it comes."""
     sys.stdin.read()
@@ -149,6 +162,7 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(_NICE)
+    _find_headers()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     error = None
     try:
