@@ -41,12 +41,13 @@ class Lever:
 LEVERS: tuple[Lever, ...] = (
     Lever("as it comes"),
     Lever("split: one core prepares", {"resources.cpus": 2}),
-    Lever("decode: exact", {"images.decode": "exact"}),
     Lever("decode: fast", {"images.decode": "fast"}),
     Lever("decode: fast, pixels shipped as fp32", {"images.decode": "fast"}, flow={"float32_pixels": 1}),
     Lever("bucketing: 512 rows sorted at a time", flow={"window_rows": 512}),
-    Lever("engine: eager torch", {"engine.provider": "torch"}),
+    Lever("engine: not compiled", {"engine.compile": "never"}),
+    Lever("engine: eager torch", {"engine.provider": "torch", "engine.compile": "never"}),
     Lever("overlap: one window at a time", flow={"calls": 1}),
+    Lever("decode: exact", {"images.decode": "exact"}),
     Lever("batches of 64 rows", {"batch.rows": 64}),
     Lever("engine: fp32", {"engine.precision": "fp32"}),
 )

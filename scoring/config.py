@@ -137,6 +137,11 @@ class EngineConfig(_Section):
     precision: Literal["auto", "fp16", "fp32"] = "auto"
     """Arithmetic of the model (default auto: fp16 where a GPU gains from it). fp16 is several times faster and moves
     probabilities by about 6e-4; fp32 is the reference's."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """When the model is compiled for a GPU, which takes a minute or two (default auto: beside the first engine, in runs that
+    are long enough to gain from it). always: before the first row of the first run, so that it and later ones begin with
+    the faster engine; it stays in engine.cache for every run of that predictor on that kind of machine. never leaves the
+    cores to the run, and what is there unused."""
     cache: _Name = "~/.cache/multimodal-scorer"
     """Folder or URI for built engines (default "~/.cache/multimodal-scorer"). One that is shared, or outlives the
     machine, saves each new worker the build, which takes seconds to minutes."""

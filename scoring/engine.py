@@ -118,11 +118,11 @@ def _best(request: EngineRequest, gate: Gate) -> tuple[Engine, EngineDecision]:
 
 
 def _providers(request: EngineRequest, precision: Precision) -> tuple[str, ...]:
-    """What the ladder tries, in order; the compiled engine where an earlier run has left it."""
+    """What the ladder tries, in order; the compiled engine where an earlier run has left it, or it is wanted at any price."""
     if not has_gpu():
         return _CPU_PROVIDERS
-    there = is_compiled(request, precision)
-    return tuple(provider for provider in _GPU_PROVIDERS if there or provider != COMPILED)
+    is_wanted = request.compile == "always" or (request.compile == "auto" and is_compiled(request, precision))
+    return tuple(provider for provider in _GPU_PROVIDERS if is_wanted or provider != COMPILED)
 
 
 def _try(
@@ -183,7 +183,8 @@ def _with_takeover(
 ) -> tuple[Engine, EngineDecision]:
     """The decision for `engine`; where compiling would pay, an engine that the compiled one will relieve."""
     is_tried = any(item.provider == COMPILED for item in rungs)
-    may_compile = has_gpu() and request.provider in ("auto", "torch") and not is_tried
+    is_asked = request.provider in ("auto", "torch") and request.compile != "never"
+    may_compile = has_gpu() and is_asked and not is_tried
     waste = _would_not_pay(request.rows_left, rung, _compile_s(request, rung.precision)) if may_compile else None
     used = [
         replace(item, outcome="used" if item is rung else ("slower" if item.outcome == "usable" else item.outcome))
@@ -210,7 +211,8 @@ def _with_takeover(
 
 
 def _compile_s(request: EngineRequest, precision: Any) -> float:
-    return _BUILD_S[COMPILED] if is_compiled(request, precision) else _COMPILE_S
+    is_cheap = request.compile == "always" or is_compiled(request, precision)
+    return _BUILD_S[COMPILED] if is_cheap else _COMPILE_S
 
 
 def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:

@@ -102,6 +102,7 @@ class Scorer:
             rows_left=setup.rows_left,
             max_abs_diff=config.parity.max_abs_diff,
             folder=folder,
+            compile=config.engine.compile,
         )
         load_s = time.perf_counter() - start
         self._engine, self.decision = _decide(self._with_sample(request, setup.sample), setup)

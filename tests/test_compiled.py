@@ -18,7 +18,7 @@ import pytest
 from scoring.engines import compiled
 from scoring.engines.ahead import load_ahead
 from scoring.engines.base import EngineUnavailable, Shapes
-from scoring.engines.build import EngineRequest, build_engine
+from scoring.engines.build import EngineRequest
 from scoring.engines.cache import EngineCache
 from scoring.engines.compiled import build_compiled, compile_elsewhere, compiled_package, is_compiled
 from scoring.flat import describe_inputs, synthetic_arrays
@@ -39,6 +39,23 @@ def request_for(predictor: Predictor, spec: FeatureSpec, cache: Path, **changes:
     return EngineRequest(LazyPredictor(lambda: predictor.path), spec, EngineCache(str(cache)), **settings)
 
 
+# In a process of its own: other tests of this one hold that nothing has imported AutoGluon.
+REFERENCE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from scoring.engines.torch_engine import TorchEngine
+from scoring.flat import synthetic_arrays
+from scoring.predictor import extract_spec, load_predictor
+
+predictor = load_predictor(Path(sys.argv[1]))
+spec = extract_spec(predictor)
+engine = TorchEngine(predictor, spec, "fp32", use_gpu=False, num_threads=1)
+logits = {rows: engine.forward(synthetic_arrays(spec, rows=int(rows), tokens=0, seed=int(rows))) for rows in sys.argv[3:]}
+np.savez(sys.argv[2], **logits)
+"""
+
+
 def nobody() -> Any:
     pytest.fail("the predictor is not asked for")
 
@@ -53,19 +70,24 @@ def test_what_another_process_compiled_computes_what_the_network_does(
     request = request_for(predictor, spec, tmp_path)
     assert request.shapes == Shapes((1, 2, 4, 8, 16), ())
     assert not is_compiled(request, "fp32")
-    compile_elsewhere(request, "fp32")
+    logits = tmp_path / "logits.npz"
+    sizes = (2, 8, 16)
+    arguments = [sys.executable, "-c", REFERENCE, str(predictor.path), str(logits), *map(str, sizes)]
+    with subprocess.Popen(arguments, cwd=REPOSITORY) as reference:
+        compile_elsewhere(request, "fp32")
+    assert reference.returncode == 0
     assert is_compiled(request, "fp32")
     assert not is_compiled(request, "fp16")
     assert not is_compiled(request_for(predictor, spec, tmp_path, batch_rows=32), "fp32")
 
     found = EngineRequest(nobody, spec, EngineCache(str(tmp_path)), batch_rows=16)
     run = load_ahead(compiled_package(found, "fp32"))
-    reference = build_engine(request, "torch", "fp32")[0]
     names = [item.name for item in describe_inputs(spec)]
-    for rows in (2, 8, 16):
+    wanted = np.load(logits)
+    for rows in sizes:
         arrays = synthetic_arrays(spec, rows=rows, tokens=0, seed=rows)
         tensors = [torch.from_numpy(arrays[name]) for name in names]
-        np.testing.assert_allclose(run(tensors).numpy(), reference.forward(arrays), atol=1e-5)
+        np.testing.assert_allclose(run(tensors).numpy(), wanted[str(rows)], atol=1e-5)
     # More rows than it was compiled for, and other columns: refused, not read past their end.
     for wrong in (
         [torch.from_numpy(synthetic_arrays(spec, rows=17, tokens=0)[name]) for name in names],
@@ -122,13 +144,17 @@ def compiles(text):
 compiled.FeatureSpec.from_json = compiles
 compiled.main()
 """
+    told = tmp_path / "order.json"
+    told.write_text(json.dumps(order))
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        [sys.executable, "-c", script, str(told)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
         assert process.stdout.readline() == "compiles\n"
         process.stdin.close()
         assert process.wait(timeout=30) == 1

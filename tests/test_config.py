@@ -93,7 +93,7 @@ def test_every_setting_describes_itself_with_its_default() -> None:
                 leaves += 1
                 said = "required" if field.is_required() else "default"
                 assert said in field.description, f"{model.__name__}.{name}"
-    assert leaves == 30
+    assert leaves == 31
 
 
 def test_the_tree_is_frozen_and_takes_no_other_field(tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
 
 def test_describe_lists_every_key_once_as_text(tmp_path: Path) -> None:
     listed = describe(load(tmp_path, "input.keep=[id, ü]"))
-    assert len(listed) == len({key for key, _ in listed}) == 30
+    assert len(listed) == len({key for key, _ in listed}) == 31
     assert dict(listed)["input.keep"] == '["id", "ü"]'
     assert dict(listed)["batch.tokens"] == "null"
     assert dict(listed)["engine.provider"] == "auto"

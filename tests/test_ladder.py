@@ -160,6 +160,23 @@ def test_what_an_earlier_run_compiled_is_a_rung_like_any_other(
     assert cast("StubEngine", machine[other, "fp16"]).is_closed
 
 
+def test_a_run_may_wait_for_the_compiled_engine_for_the_sake_of_later_ones(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine["torch-compiled", "fp16"] = StubEngine("torch-compiled", "fp16", 46_000, 1e-3)
+    monkeypatch.setattr(ladder, "is_compiled", lambda request, precision: False)
+    assert choose_engine(request_for(tmp_path, rows_left=100_000))[0] is machine["cuda", "fp16"]
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=100_000, compile="always"))
+    assert engine is machine["torch-compiled", "fp16"]
+    assert not decision.compiles
+    monkeypatch.setattr(ladder, "is_compiled", lambda request, precision: True)
+    for provider in ("auto", "torch"):
+        request = request_for(tmp_path, rows_left=10_000_000, provider=provider, compile="never")
+        engine, decision = choose_engine(request)
+        assert engine is machine["cuda" if provider == "auto" else provider, "fp16"]
+        assert "torch-compiled-fp16" not in outcomes(decision)
+
+
 def test_torch_that_was_named_is_relieved_at_once_by_what_an_earlier_run_compiled(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

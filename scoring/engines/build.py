@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scoring.decision import COMPILED, describe_error
 from scoring.engines.base import Engine, EngineUnavailable, Shapes, num_rows
@@ -57,6 +57,8 @@ class EngineRequest:
     """Upstream's scores of the sample's rows, in its order; without it, or where it raises, the fp32 network's."""
     rows_left: int | None = None
     max_abs_diff: float = 0.005
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Where no earlier run has left the compiled engine: beside the first one if it pays, waited for, or not at all."""
     provider_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """ONNX Runtime options by provider (`cuda`, `tensorrt`), over ours."""
     folder: Path | None = None

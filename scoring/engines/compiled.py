@@ -13,8 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -121,17 +121,17 @@ def compile_elsewhere(request: EngineRequest, precision: Precision) -> None:
     }
     # Ray gives its workers the driver's search path in the process alone.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-    command = [sys.executable, "-m", "scoring.engines.compiled"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with suppress(BrokenPipeError):  # it is gone already
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-        # AutoGluon prints before it.
-        answer = next((line for line in process.stdout if line.startswith(_ANSWER)), None)
+    with tempfile.TemporaryDirectory(prefix="compile-") as folder:
+        told = Path(folder) / "order.json"
+        told.write_text(json.dumps(order))
+        command = [sys.executable, "-m", "scoring.engines.compiled", str(told)]
+        # Nothing is written to its standard input: that it is closed says that this process has ended.
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            # AutoGluon prints before it.
+            answer = next((line for line in process.stdout if line.startswith(_ANSWER)), None)
     if answer is None:
         raise EngineUnavailable(
             f"the process that compiles ended with {process.returncode}; what it said is in this log"
@@ -158,8 +158,8 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Started by `compile_elsewhere`: one line of JSON in, one out."""
-    order = json.loads(sys.stdin.readline())
+    """Started by `compile_elsewhere`: a file of JSON in, a line out."""
+    order = json.loads(Path(sys.argv[1]).read_text())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(_NICE)
     _find_headers()
