@@ -132,9 +132,8 @@ def prepare(
     """Check everything that can be checked before a row is read; writes nothing but the caches.
 
     `retry_of` names a published run whose quarantined rows are to be tried again. `start_ray` is called where Ray is first
-    needed: bad input and a refused predictor are told before that. `own_cpus`: the CPUs of a Ray that will be
-    this machine alone (None: it is elsewhere or there already). Raises
-    ConfigError, PredictorError, InputError.
+    needed: bad input and a refused predictor are told before that. `own_cpus`: the CPUs of a Ray that will be this machine
+    alone (None: it is elsewhere or there already). Raises ConfigError, PredictorError, InputError.
     """
     with timings.phase("list_inputs_s"):
         listing = list_inputs(config.input)

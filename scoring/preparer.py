@@ -67,6 +67,8 @@ class Preparer:
 
     def is_built(self, spec_json: str, *, for_gpu: bool) -> bool:
         """Whether `build` would export nothing, as far as ONNX Runtime's graphs go."""
+        if self._config.engine.provider not in ("auto", _graph_provider(for_gpu)):
+            return True
         request = EngineRequest(self._load, FeatureSpec.from_json(spec_json), self._cache)
         return is_exported(request, _graph_provider(for_gpu), self._precision(for_gpu))
 

@@ -20,6 +20,7 @@ from scoring.early_preparer import Address, EarlyPreparer, RemotePreparer, serve
 from scoring.errors import PredictorError
 from scoring.parity import Scores
 from scoring.pipeline import PreparerActor
+from scoring.preparer import Preparer
 from scoring.processes import ProcessMark
 
 
@@ -132,6 +133,14 @@ def config_for(tmp_path: Path) -> ScoreConfig:
     flags: dict[str, object] = {key: str(tmp_path / name) for key, name in names.items()}
     flags["input.paths"] = [flags["input.paths"]]
     return load_config(file=None, flags=flags, overrides=[f"engine.cache={tmp_path / 'cache'}"], cwd=tmp_path)
+
+
+def test_nothing_is_to_be_built_for_an_engine_that_needs_no_graph(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    named = config.model_copy(update={"engine": config.engine.model_copy(update={"provider": "torch"})})
+    assert Preparer(named, "0" * 64).is_built("no spec is read", for_gpu=True)
+    with pytest.raises(ValueError, match="Expecting value"):
+        Preparer(config, "0" * 64).is_built("no spec is read", for_gpu=True)
 
 
 def test_the_process_raises_what_its_predictor_does_and_its_death_costs_nothing(
