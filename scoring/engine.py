@@ -219,7 +219,8 @@ def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:
     """The engine of a decision made elsewhere for the same kind of device: built from the cache, checked once more."""
     provider, compiles = decision.provider, decision.compiles
     if provider == COMPILED and not is_compiled(request, decision.precision):
-        provider, compiles = "cuda", True  # compiled on another node: this one begins as that one once did
+        provider, compiles = "cuda", True
+        logger.warning("engine: %s was compiled on another node; begins on cuda and compiles beside it", decision.name)
     try:
         engine, build_s = build_engine(request, provider, decision.precision)
     except EngineUnavailable as error:

@@ -283,7 +283,7 @@ def test_actors_of_one_run_share_one_decision(
 
 
 def test_an_actor_of_another_node_begins_without_what_was_compiled_here(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri = str(tmp_path / "engines" / "H100.json")
     (tmp_path / "engines").mkdir()
@@ -298,6 +298,7 @@ def test_an_actor_of_another_node_begins_without_what_was_compiled_here(
     assert isinstance(engine, Takeover)
     assert decision.provider == "torch-compiled"
     assert engine.forward({})[0, 0] == 30_000, "cuda's"
+    assert "torch-compiled-fp16-H100 was compiled on another node" in caplog.text
     ready.set()
     join()
     assert engine.settle() is not None

@@ -53,9 +53,13 @@ def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
             package = compiled_package(request, precision)
         return AheadEngine(package, request.spec, precision, request.shapes)
     except Exception as error:
-        # g++ or CUDA's headers are missing, or torch cannot trace the network whole.
-        reason = describe_error(error)
-        logger.warning("engine: cannot be compiled ahead (%s); torch.compile does it in this process", reason)
+        # g++ or CUDA's headers are missing, torch cannot trace the network whole, or the file does not load.
+        logger.warning(
+            "engine: nothing that is compiled ahead can be had (%s); torch.compile does it in this process, which slows the "
+            "run meanwhile; see engine.compile",
+            describe_error(error),
+            exc_info=True,
+        )
         return _compile_here(request, precision)
 
 
