@@ -20,7 +20,13 @@ from scoring.engines.ahead import load_ahead
 from scoring.engines.base import EngineUnavailable, Shapes
 from scoring.engines.build import EngineRequest
 from scoring.engines.cache import EngineCache
-from scoring.engines.compiled import build_compiled, compile_elsewhere, compiled_package, is_compiled
+from scoring.engines.compiled import (
+    CompilerKilledError,
+    build_compiled,
+    compile_elsewhere,
+    compiled_package,
+    is_compiled,
+)
 from scoring.flat import describe_inputs, synthetic_arrays
 from scoring.predictor import LazyPredictor, hash_predictor, load_spec
 from scoring.spec import FeatureSpec
@@ -61,9 +67,10 @@ def nobody() -> Any:
 
 
 def test_what_another_process_compiled_computes_what_the_network_does(
-    zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path
+    zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
+    from torch._inductor import cpu_vec_isa
 
     predictor = zoo["ft_transformer"]
     spec = spec_of(predictor, zoo_root)
@@ -81,6 +88,9 @@ def test_what_another_process_compiled_computes_what_the_network_does(
     assert not is_compiled(request_for(predictor, spec, tmp_path, batch_rows=32), "fp32")
 
     found = EngineRequest(nobody, spec, EngineCache(str(tmp_path)), batch_rows=16)
+    # What torch probes the CPU with, a program for each set of vector instructions, took 90 s of a job's start on an H100's host.
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda *_: pytest.fail("the CPU is probed"))
     run = load_ahead(compiled_package(found, "fp32"))
     names = [item.name for item in describe_inputs(spec)]
     wanted = np.load(logits)
@@ -129,6 +139,20 @@ def test_what_cannot_be_compiled_ahead_is_compiled_here_and_that_is_said(
         assert built == "torch.compile, fp16"
     assert asked == ["fp16"]
     assert "no g++" in caplog.text
+
+
+def test_where_the_compiler_was_killed_nothing_is_compiled_here(
+    zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    monkeypatch.setattr(compiled, "_compile_here", lambda *_: pytest.fail("compiled here"))
+    predictor = zoo["ft_transformer"]
+    request = request_for(predictor, spec_of(predictor, zoo_root), tmp_path / "cache")
+    with pytest.raises(CompilerKilledError, match="killed by signal 9"):
+        build_compiled(request, "fp16")
 
 
 def test_the_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     import torch
     from autogluon.multimodal import MultiModalPredictor
 
-AHEAD_VERSION = 1
+AHEAD_VERSION = 2
 """Raised when the same predictor would compile to another file: part of its cache key."""
 
+# torch compiles a program for each set of vector instructions and starts itself to load it, to choose the CPU's kernels and to
+# compare what it finds with a file's: 57 of 156 s to compile on an H100's host, and 90 s to load. A GPU's network has no kernel
+# for the CPU.
+_NO_PROBES = {"cpp.vec_isa_ok": False}
 # Kernels are tuned for batches of this many tokens, as most texts have.
 _USUAL_TOKENS = 128
 
@@ -56,7 +60,9 @@ def compile_ahead(
         name: torch.export.Dim(name, min=sizes[0], max=sizes[-1]) for name, sizes in steps.items() if len(sizes) > 1
     }
     axes = tuple({axis: free[size] for axis, size in enumerate(item.shape) if size in free} for item in inputs)
-    with torch.no_grad(), traceable_len():
+    import torch._inductor.config as inductor
+
+    with torch.no_grad(), traceable_len(), inductor.patch(_NO_PROBES):
         exported = torch.export.export(
             model,
             tuple(torch.from_numpy(arrays[item.name]).to(device) for item in inputs),
@@ -73,7 +79,10 @@ def load_ahead(path: Path) -> "Callable[[list[torch.Tensor]], torch.Tensor]":
 
     # Tensors of other sizes or types are refused; without it they would be read past their end.
     os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
-    run: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    import torch._inductor.config as inductor
+
+    with inductor.patch(_NO_PROBES):
+        run: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
 
     def forward(tensors: "list[torch.Tensor]") -> "torch.Tensor":
         logits = run(*tensors)

@@ -39,10 +39,14 @@ _NICE = 10
 _ANSWER = "compiled ahead: "
 
 
+class CompilerKilledError(EngineUnavailable):
+    """The process that compiles was killed, by whoever ends this one or for want of memory."""
+
+
 def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
     """The compiled torch engine: compiled ahead, in a process of its own where it can load the predictor; one a machine.
 
-    What cannot be compiled ahead is compiled in this process, which is said.
+    What cannot be compiled ahead is compiled in this process, which is said. Raises CompilerKilledError.
     """
     lock = request.cache.local / f"{_ahead_key(request, precision).digest}-compile.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +56,8 @@ def build_compiled(request: EngineRequest, precision: Precision) -> Engine:
                 compile_elsewhere(request, precision)
             package = compiled_package(request, precision)
         return AheadEngine(package, request.spec, precision, request.shapes)
+    except CompilerKilledError:
+        raise  # at the run's end, or for want of memory, which compiling here would want too
     except Exception as error:
         # g++ or CUDA's headers are missing, torch cannot trace the network whole, or the file does not load.
         logger.warning(
@@ -136,6 +142,11 @@ def compile_elsewhere(request: EngineRequest, precision: Precision) -> None:
             assert process.stdout is not None
             # AutoGluon prints before it.
             answer = next((line for line in process.stdout if line.startswith(_ANSWER)), None)
+    if answer is None and process.returncode < 0:
+        raise CompilerKilledError(
+            f"the process that compiles was killed by signal {-process.returncode}; at a run's end it is, else look for want of "
+            "memory; nothing is compiled in this run"
+        )
     if answer is None:
         raise EngineUnavailable(
             f"the process that compiles ended with {process.returncode}; what it said is in this log"
