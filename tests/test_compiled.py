@@ -47,7 +47,7 @@ def request_for(predictor: Predictor, spec: FeatureSpec, cache: Path, **changes:
 
 # In a process of its own: other tests of this one hold that nothing has imported AutoGluon.
 REFERENCE = """
-import json, sys
+import sys
 from pathlib import Path
 import numpy as np
 from scoring.engines.torch_engine import TorchEngine
@@ -88,7 +88,7 @@ def test_what_another_process_compiled_computes_what_the_network_does(
     assert not is_compiled(request_for(predictor, spec, tmp_path, batch_rows=32), "fp32")
 
     found = EngineRequest(nobody, spec, EngineCache(str(tmp_path)), batch_rows=16)
-    # What torch probes the CPU with, a program for each set of vector instructions, took 90 s of a job's start on an H100's host.
+    # torch's probes of the CPU, a program for each set of vector instructions, took a minute of a job's start on an H100's host.
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda *_: pytest.fail("the CPU is probed"))
     run = load_ahead(compiled_package(found, "fp32"))

@@ -56,7 +56,7 @@ def test_batches_of_a_count_without_a_plan_go_through_others_in_parts() -> None:
     assert choose_count(512, COUNTS) == 512
 
 
-def test_a_long_run_plans_for_large_batches_after_its_first_rows(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_run_plans_for_large_batches_after_its_first_rows() -> None:
     assert counts_that_pay(COUNTS, None) == counts_that_pay(COUNTS, 400_000) == ()
     assert counts_that_pay(COUNTS, 10**7) == (512, 256)
     assert counts_that_pay((1, 2), 10**7) == (2,), "not what is planned for first"

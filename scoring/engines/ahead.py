@@ -24,8 +24,8 @@ AHEAD_VERSION = 2
 """Raised when the same predictor would compile to another file: part of its cache key."""
 
 # torch compiles a program for each set of vector instructions and starts itself to load it, to choose the CPU's kernels and to
-# compare what it finds with a file's: 57 of 156 s to compile on an H100's host, and 90 s to load. A GPU's network has no kernel
-# for the CPU.
+# compare what it finds with a file's: 57 of 156 s to compile on an H100's host, and most of the 66 to 85 s until a job had
+# loaded its engine. A GPU's network has no kernel for the CPU.
 _NO_PROBES = {"cpp.vec_isa_ok": False}
 # Kernels are tuned for batches of this many tokens, as most texts have.
 _USUAL_TOKENS = 128
@@ -45,6 +45,7 @@ def compile_ahead(
     a row, and whatever torch raises for one that it cannot trace or compile.
     """
     import torch
+    import torch._inductor.config as inductor
 
     if any(model.max_images * len(spec.image) > 1 for model in spec.image_models):
         raise EngineUnavailable("rows may have several images, in a number that is not compiled ahead")
@@ -60,8 +61,6 @@ def compile_ahead(
         name: torch.export.Dim(name, min=sizes[0], max=sizes[-1]) for name, sizes in steps.items() if len(sizes) > 1
     }
     axes = tuple({axis: free[size] for axis, size in enumerate(item.shape) if size in free} for item in inputs)
-    import torch._inductor.config as inductor
-
     with torch.no_grad(), traceable_len(), inductor.patch(_NO_PROBES):
         exported = torch.export.export(
             model,
@@ -76,11 +75,10 @@ def compile_ahead(
 def load_ahead(path: Path) -> "Callable[[list[torch.Tensor]], torch.Tensor]":
     """Flat tensors of one of the shapes -> logits, both on the device it was compiled for. Not for several threads."""
     import torch
+    import torch._inductor.config as inductor
 
     # Tensors of other sizes or types are refused; without it they would be read past their end.
     os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
-    import torch._inductor.config as inductor
-
     with inductor.patch(_NO_PROBES):
         run: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
 

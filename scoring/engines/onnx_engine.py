@@ -32,7 +32,7 @@ _PROVIDERS = {
 }
 # 11 s a row count, four of them, against a twelfth of 35 us a row.
 _FUSED_PAYS_ROWS = 15_000_000
-# Planning for batches of 512 rows pays from so many rows on (3.4 s, and 9 us a row less on an H100), and for 256 later. Smaller
+# Planning for batches of 512 rows pays from so many rows on (3.4 s, for about 9 us a row on an H100), and for 256 later. Smaller
 # batches are odd ends.
 _PAYS_ROWS = (500_000, 7_000_000)
 # The first parts (20,000 rows) are written before: after 24,576 rows the plan held the first score back by 3 s.
