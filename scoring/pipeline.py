@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 _REFUSALS = {kind.__name__: kind for kind in (EngineError, ParityError, DecoderError)}
 # Among an attempt's decisions: how its images were decoded, which is not always what was planned.
 IMAGES = "images"
-# Rows that are new to a known predictor need AutoGluon too, for the gate's reference: on 16 cores it came at 30 of the 39 s to
+# Inputs that are new to a known predictor need AutoGluon too, for the gate's reference: on 16 cores it came at 30 of the 39 s to
 # the first score. Where cores are few its import would hold up Ray.
 _EARLY_CPUS = 8
 _PROBE_GPUS = 0.01  # any part of a GPU puts a task on its node
@@ -160,7 +160,7 @@ def prepare(
     if old is not None:
         mark = retry_fingerprint(mark, old)
     run = RunFolder(config.output.path, config.run.id or mark.run_id)
-    if early is None and (own_cpus or 0) >= _EARLY_CPUS:
+    if early is None and (own_cpus or 0) >= _EARLY_CPUS and not Preparer(config, predictor_hash).knows(mark.digest):
         early = EarlyPreparer(config, predictor_hash)
     with timings.phase("ray_init_s"):
         start_ray()
@@ -259,9 +259,11 @@ class PreparerActor:
         if rtx_capabilities or not self._kept.is_built(spec_json, for_gpu=for_gpu):
             self._preparer.build(spec_json, for_gpu=for_gpu, rtx_capabilities=rtx_capabilities)
 
-    def reference(self, spec_json: str, sample: Sample | None) -> Scores | None:
+    def reference(self, spec_json: str, sample: Sample | None, inputs: str) -> Scores | None:
         known = self._kept.known_reference(spec_json, sample)
-        return self._preparer.reference(spec_json, sample) if known is None else known
+        scores = self._preparer.reference(spec_json, sample) if known is None else known
+        self._kept.note(inputs)
+        return scores
 
 
 def _extract_spec(preparer: Any, predictor_hash: str, config: ScoreConfig) -> FeatureSpec:
@@ -486,7 +488,7 @@ def score_features(
         sample = _sample_in_task.remote(plan.inputs, plan.config, spec_json, plan.decode)
         for_gpu = pools.gpus_per_actor > 0
         built = preparer.build.remote(spec_json, for_gpu=for_gpu, rtx_capabilities=_rtx_capabilities())
-        reference = preparer.reference.remote(spec_json, sample)
+        reference = preparer.reference.remote(spec_json, sample, plan.fingerprint.digest)
     return dataset.map_batches(
         ScoringActor,
         fn_constructor_kwargs={

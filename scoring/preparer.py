@@ -83,6 +83,17 @@ class Preparer:
         scores: Scores | None = np.load(folder / _FILE) if folder else None
         return scores
 
+    def knows(self, inputs: str) -> bool:
+        """Whether an earlier run's sample of these inputs (their fingerprint's digest) has been scored: see `note`."""
+        return self._cache.find(self._inputs_key(inputs)) is not None
+
+    def note(self, inputs: str) -> None:
+        """Keep that the sample of these inputs has been scored, for `knows`, before their rows are read."""
+        self._cache.get(self._inputs_key(inputs), _build_nothing)
+
+    def _inputs_key(self, inputs: str) -> Key:
+        return Key("known-inputs", {"inputs": inputs, "rows": str(self._config.parity.rows), **library_versions()})
+
     def reference(self, spec_json: str, sample: Sample | None) -> Scores | None:
         """AutoGluon's scores of a sample's rows, in its order, kept for later runs over the same rows; None without rows.
 
@@ -103,6 +114,10 @@ class Preparer:
 
         scores: Scores = np.load(self._cache.get(key, compute) / _FILE)
         return scores
+
+
+def _build_nothing(_folder: Path) -> None:
+    """An entry that is there or not."""
 
 
 def _graph_provider(for_gpu: bool) -> str:

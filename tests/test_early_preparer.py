@@ -101,6 +101,10 @@ class Kept:
 
     def __init__(self, scores: Scores | None) -> None:
         self.scores = scores
+        self.noted: list[str] = []
+
+    def note(self, inputs: str) -> None:
+        self.noted.append(inputs)
 
     def is_built(self, spec_json: str, *, for_gpu: bool) -> bool:
         return self.scores is not None
@@ -116,16 +120,21 @@ def test_what_an_earlier_run_kept_does_not_wait_for_the_import(
     actor = PreparerActor(config_for(tmp_path), "0" * 64, address)
     kept = np.ones((1, 2), dtype=np.float32)
     monkeypatch.setattr(actor, "_kept", Kept(kept))
-    assert actor.reference("spec", None) is kept
+    assert actor.reference("spec", None, "inputs") is kept
     actor.build("spec", for_gpu=True, rtx_capabilities=())
     assert not stub.built
     actor.build("spec", for_gpu=True, rtx_capabilities=("SM89",))
-    monkeypatch.setattr(actor, "_kept", Kept(None))
+    empty = Kept(None)
+    monkeypatch.setattr(actor, "_kept", empty)
     actor.build("spec", for_gpu=False, rtx_capabilities=())
     assert len(stub.built) == 2
-    scores = actor.reference("spec", object)  # type: ignore[arg-type]
+    scores = actor.reference("spec", object, "inputs")  # type: ignore[arg-type]
     assert scores is not None
     assert len(scores) == 3
+    assert empty.noted == ["inputs"], "a rerun over them need not start it early"
+    with pytest.raises(RuntimeError, match="no sample"):
+        actor.reference("spec", None, "others")
+    assert empty.noted == ["inputs"], "AutoGluon is needed again, as it has given nothing"
 
 
 def config_for(tmp_path: Path) -> ScoreConfig:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scoring.config import ScoreConfig, load_config
+from scoring.pipeline import Timings, prepare
 from tests.conftest import REPOSITORY
 from tests.layouts import ScoredLayout
 from tests.published import read_published
@@ -72,6 +74,38 @@ def test_a_run_over_known_rows_does_without_autogluon(scored_layout: ScoredLayou
     for row in found["scored"]:
         # The same bits, in batches of other rows.
         assert np.float32(row["proba_1"]) == scores[row["source_file"], row["source_row"]]
+
+
+class RayIsNeeded(Exception):  # noqa: N818
+    """Where Ray would start."""
+
+
+def starts_early(config: ScoreConfig, monkeypatch: pytest.MonkeyPatch, *, own_cpus: int | None) -> bool:
+    """Whether `prepare` starts AutoGluon's process before Ray."""
+    started = []
+    monkeypatch.setattr("scoring.pipeline.EarlyPreparer", lambda *arguments: started.append(arguments))
+
+    def start_ray() -> None:
+        raise RayIsNeeded
+
+    with pytest.raises(RayIsNeeded):
+        prepare(config, Timings(), start_ray, own_cpus=own_cpus)
+    return bool(started)
+
+
+def test_autogluon_starts_before_ray_only_for_inputs_that_no_run_has_sampled(
+    scored_layout: ScoredLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = scored_layout.output.glob("runs/*/config.yaml")
+    config = load_config(file=str(file), flags={}, overrides=[], cwd=Path.cwd())
+    assert not starts_early(config, monkeypatch, own_cpus=16), "the published run has noted them"
+    fewer = config.input.model_copy(update={"paths": (str(scored_layout.data / "region=north"),)})
+    others = config.model_copy(update={"input": fewer})
+    assert starts_early(others, monkeypatch, own_cpus=16)
+    assert not starts_early(others, monkeypatch, own_cpus=2), "its import would hold up Ray"
+    assert not starts_early(others, monkeypatch, own_cpus=None), "Ray is elsewhere"
+    more = config.model_copy(update={"parity": config.parity.model_copy(update={"rows": 513})})
+    assert starts_early(more, monkeypatch, own_cpus=16), "its sample is another"
 
 
 if __name__ == "__main__":
