@@ -107,6 +107,36 @@ def test_what_another_process_compiled_computes_what_the_network_does(
             run(wrong)
 
 
+# As AOTInductor reads the name of a device.
+EXPRESSION = """
+#include <regex>
+extern "C" int matches(const char* name) { return std::regex_match(name, std::regex("(cpu|cuda)(:([0-9]+))?")); }
+"""
+CALL = """
+import ctypes, sys
+import torch
+from scoring.engines.ahead import share_cxx_library
+
+if sys.argv[2] == "shared":
+    share_cxx_library()
+assert ctypes.CDLL(sys.argv[1]).matches(b"cuda:0") == 1
+"""
+
+
+def test_a_network_with_a_cxx_library_of_its_own_uses_torchs(tmp_path: Path) -> None:
+    source, library = tmp_path / "expression.cc", tmp_path / "expression.so"
+    source.write_text(EXPRESSION)
+    compiler = ["g++", "-shared", "-fPIC", "-static-libstdc++", "-static-libgcc", str(source), "-o", str(library)]
+    subprocess.run(compiler, check=True)
+    codes = {
+        how: subprocess.run([sys.executable, "-c", CALL, str(library), how], cwd=REPOSITORY, check=False).returncode
+        for how in ("apart", "shared")
+    }
+    # A signal: torch does not survive the other library's locales.
+    assert codes["apart"] < 0
+    assert codes["shared"] == 0
+
+
 def test_a_process_that_cannot_compile_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec: Any = SimpleNamespace(to_json=lambda: "{}")
     request = EngineRequest(nobody, spec, EngineCache(str(tmp_path)), folder=tmp_path)

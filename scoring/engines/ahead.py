@@ -3,14 +3,17 @@
 Owns the trace, the file and the engine that runs it. Where files are made and kept is `compiled.py`'s.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scoring.decision import COMPILED
 from scoring.engines.base import EngineUnavailable, Shapes
+from scoring.engines.graphs import Graphs
 from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
 from scoring.export import traceable_len
 from scoring.flat import ROWS, TOKENS, Precision, describe_inputs, flat_model, synthetic_arrays
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
     import torch
     from autogluon.multimodal import MultiModalPredictor
 
-AHEAD_VERSION = 2
+AHEAD_VERSION = 3
 """Raised when the same predictor would compile to another file: part of its cache key."""
 
-# torch compiles a program for each set of vector instructions and starts itself to load it, to choose the CPU's kernels and to
-# compare what it finds with a file's: 57 of 156 s to compile on an H100's host, and most of the 66 to 85 s until a job had
-# loaded its engine. A GPU's network has no kernel for the CPU.
-_NO_PROBES = {"cpp.vec_isa_ok": False}
+# torch compiles a program for each set of vector instructions and starts itself to load it, to choose the CPU's kernels: 57 of
+# 156 s to compile on an H100's host. A GPU's network has no kernel for the CPU.
+#
+# A convolution of 1x1 is a matrix product, which takes no plan of cuDNN's (see `graphs.py`).
+_SETTINGS = {"cpp.vec_isa_ok": False, "conv_1x1_as_mm": True}
+_MODEL = "model"  # torch's name for the one network in a file
 # Kernels are tuned for batches of this many tokens, as most texts have.
 _USUAL_TOKENS = 128
 
@@ -61,7 +66,7 @@ def compile_ahead(
         name: torch.export.Dim(name, min=sizes[0], max=sizes[-1]) for name, sizes in steps.items() if len(sizes) > 1
     }
     axes = tuple({axis: free[size] for axis, size in enumerate(item.shape) if size in free} for item in inputs)
-    with torch.no_grad(), traceable_len(), inductor.patch(_NO_PROBES):
+    with torch.no_grad(), traceable_len(), inductor.patch(_SETTINGS):
         exported = torch.export.export(
             model,
             tuple(torch.from_numpy(arrays[item.name]).to(device) for item in inputs),
@@ -75,23 +80,37 @@ def compile_ahead(
 def load_ahead(path: Path) -> "Callable[[list[torch.Tensor]], torch.Tensor]":
     """Flat tensors of one of the shapes -> logits, both on the device it was compiled for. Not for several threads."""
     import torch
-    import torch._inductor.config as inductor
 
     # Tensors of other sizes or types are refused; without it they would be read past their end.
     os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
-    with inductor.patch(_NO_PROBES):
-        run: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    share_cxx_library()
+    # What torch._inductor.aoti_load_package ends in. That imports inductor first (5 s) and probes the CPU, to compare it with
+    # a file's: with the probes a job on an H100's host had loaded its engine after 66 to 85 s.
+    package = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, True, 1, -1)
 
     def forward(tensors: "list[torch.Tensor]") -> "torch.Tensor":
-        logits = run(*tensors)
-        tensor: torch.Tensor = logits[0] if isinstance(logits, list | tuple) else logits
-        return tensor
+        logits: torch.Tensor = package.run(tensors)[0]
+        return logits
 
     return forward
 
 
+def share_cxx_library() -> None:
+    """Let what is loaded from now on use the C++ library that torch uses, also where it has one of its own.
+
+    A compiler without the shared one puts its own into what it compiles. With two in a process the first regular expression
+    ended it (SIGSEGV in AOTInductor's own code, on an H100's host).
+    """
+    with suppress(OSError):  # another platform's, of another name
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+
+
 class AheadEngine(GpuEngine):
-    """The network as `compile_ahead` made it, loaded in a second; batches of any shape go through one and the same code."""
+    """The network as `compile_ahead` made it, loaded in seconds; each shape replays its own CUDA graph.
+
+    Launched plainly it holds Python's one interpreter for 4 to 7 ms a batch, which takes 8 ms on an H100: the threads that
+    decode the next ones want it too.
+    """
 
     provider = COMPILED
 
@@ -101,16 +120,13 @@ class AheadEngine(GpuEngine):
         self.device = device_name(CUDA)
         self._shapes = ahead_shapes(shapes)
         self._names = [item.name for item in describe_inputs(spec)]
-        self._run = load_ahead(package)
+        self._graphs = Graphs(load_ahead(package))
         self.build_s = time.perf_counter() - start
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
-        """Flat tensors of one of the engine's shapes, on the GPU -> logits there."""
-        import torch
-
-        with torch.inference_mode():
-            return self._run(tensors)
+        """Flat tensors of one of the engine's shapes, on the GPU -> logits there, valid until the next call."""
+        return self._graphs(tensors)
 
     def close(self) -> None:
         """See `Engine.close`."""
-        del self._run
+        self._graphs.clear()
