@@ -72,7 +72,8 @@ class _Death:
 class Journal:
     """One process's part of the journal in `folder` (a path or URI), which the processes of one kind of work share.
 
-    A batch that takes longer than `timeout_s` ends the process. A flight that cannot be written down is flown all the same.
+    Makes the folder, but none above it: where that is gone the attempt is over, and this process only starts too late. A batch
+    that takes longer than `timeout_s` ends the process. A flight that cannot be written down is flown all the same.
     """
 
     def __init__(self, folder: str, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -86,13 +87,21 @@ class Journal:
         self._deaths: dict[str, _Death] = {}
         self._closed = threading.Event()
         self._stalled: IO[bytes] | None = None
-        if self._is_local:
-            os.makedirs(self._folder, exist_ok=True)
+        if self._is_local and self._make_folder():
             self._stalled = open(join(self._folder, f"{self._me}{_STALLED}"), "wb")  # noqa: SIM115 -- open for life
             # A fork would take over the timer's locks without the thread that gives them back, and wait for it for ever.
             os.register_at_fork(before=faulthandler.cancel_dump_traceback_later)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watchdog.start()
+
+    def _make_folder(self) -> bool:
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(self._folder)
+        except FileNotFoundError:
+            logger.warning("journal: %s cannot be made, the run's attempt is over", self._folder)
+            return False
+        return True
 
     def close(self) -> None:
         """Stop watching. May be called by a finalizer, which runs in any thread."""

@@ -105,11 +105,11 @@ class AttemptFolder:
         """Where workers of one kind name the rows that they have in hand.
 
         On the node itself where the run lies in an object store, whose requests would cost more than the rows: a worker that
-        dies starts again on its node.
+        dies starts again on its node. The folder above is there for as long as the attempt is (see `Journal`).
         """
         if is_local(self.run_uri):
-            return join(self._work_uri, "journal", kind)
-        return join(tempfile.gettempdir(), "multimodal-scorer", self.attempt, kind)
+            return join(self._work_uri, f"journal-{kind}")
+        return join(tempfile.gettempdir(), f"multimodal-scorer-{self.attempt}-{kind}")
 
     # --- for the driver
 

@@ -36,6 +36,7 @@ _CONTAINER_IN_USERINFO = ("az://", "abfs://", "abfss://")
 _WITHOUT_FOLDERS = (*_EXTRAS, "memory", "http", "https")
 _VERSION_FIELDS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 _CHUNK_BYTES = 1 << 20
+_REMOVALS = 3
 
 
 @dataclass(frozen=True)
@@ -376,9 +377,21 @@ def remove_tree(uri: str) -> None:
         if fs.exists(path):
             fs.rm(path, recursive=True)
     elif os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
+        _remove_folder(path)
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def _remove_folder(path: str) -> None:
+    """Tries again: processes that end late put files there and take them away meanwhile."""
+    for left in reversed(range(_REMOVALS)):
+        try:
+            shutil.rmtree(path)
+        except OSError:
+            if not left:
+                raise
+        if not os.path.exists(path):
+            return
 
 
 def list_names(uri_dir: str) -> list[str]:

@@ -20,6 +20,7 @@ from scoring.errors import Reason, Stage
 from scoring.guard import Guard
 from scoring.identities import Identities, contains
 from scoring.journal import Journal
+from scoring.ledger import AttemptFolder, Taken
 from scoring.storage import list_names
 from tests.flights import Job, Outcome, exit_code, rows_table, run, start
 
@@ -268,6 +269,17 @@ def test_a_suspect_flies_alone(tmp_path: Path) -> None:
     assert len(suspects) == 10, "two windows of 25, in groups of 5"
     assert set(suspects) == {1}
     assert len(seen) == 22
+
+
+def test_who_starts_after_the_attempt_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
+    attempt = AttemptFolder(str(tmp_path / "run"), "00000000-0-abc")
+    attempt.begin(Taken(), {})
+    attempt.remove()
+    journal = Journal(attempt.journal_uri("score"))
+    with journal.flight(Identities.of(rows_table(0, 3))):
+        pass
+    journal.close()
+    assert not (tmp_path / "run" / "_work" / attempt.attempt).exists()
 
 
 def test_runs_and_buckets_name_rows_exactly_and_roughly() -> None:

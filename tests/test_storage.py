@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Barrier, Event
+from typing import Any
 
 import pytest
 
@@ -462,6 +463,23 @@ def test_remove_tree_removes_that_and_nothing_else(root: str) -> None:
     remove_tree(join(root, "none"))
     assert list_names(root) == ["ab"]
     assert not exists(join(root, "a"))
+
+
+def test_remove_tree_bears_with_one_who_still_writes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    remove = os.rmdir
+    late = iter(["one", "two"])
+
+    def rmdir(path: str, **kwargs: Any) -> None:
+        if str(path) == str(folder) and (name := next(late, None)):
+            (folder / name).touch()
+        remove(path, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    remove_tree(str(folder))
+    assert not folder.exists()
+    assert next(late, None) is None
 
 
 def test_remove_tree_of_a_link_leaves_what_it_leads_to(tmp_path: Path) -> None:

@@ -28,9 +28,7 @@ AHEAD_VERSION = 3
 
 # torch compiles a program for each set of vector instructions and starts itself to load it, to choose the CPU's kernels: 57 of
 # 156 s to compile on an H100's host. A GPU's network has no kernel for the CPU.
-#
-# A convolution of 1x1 is a matrix product, which takes no plan of cuDNN's (see `graphs.py`).
-_SETTINGS = {"cpp.vec_isa_ok": False, "conv_1x1_as_mm": True}
+_NO_PROBES = {"cpp.vec_isa_ok": False}
 _MODEL = "model"  # torch's name for the one network in a file
 # Kernels are tuned for batches of this many tokens, as most texts have.
 _USUAL_TOKENS = 128
@@ -66,7 +64,7 @@ def compile_ahead(
         name: torch.export.Dim(name, min=sizes[0], max=sizes[-1]) for name, sizes in steps.items() if len(sizes) > 1
     }
     axes = tuple({axis: free[size] for axis, size in enumerate(item.shape) if size in free} for item in inputs)
-    with torch.no_grad(), traceable_len(), inductor.patch(_SETTINGS):
+    with torch.no_grad(), traceable_len(), inductor.patch(_NO_PROBES):
         exported = torch.export.export(
             model,
             tuple(torch.from_numpy(arrays[item.name]).to(device) for item in inputs),
