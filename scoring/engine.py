@@ -6,6 +6,7 @@ checked and timed `gate.py`'s.
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,11 +37,14 @@ logger = logging.getLogger(__name__)
 
 # What a rung costs before its first batch when the cache is empty (seconds, measured on an H100 with the seed model); torch:
 # the import of AutoGluon, which the others leave to the run's `Preparer`.
-_BUILD_S = {"torch": 25.0, "cpu": 8.0, "cuda": 12.0, "tensorrt": 60.0, COMPILED: 2.0}
+_BUILD_S = {"torch": 25.0, "cpu": 8.0, "cuda": 12.0, "tensorrt": 60.0, COMPILED: 20.0}
+# What the compiled engine's first batches wait for longer than another's, its kernels being planned for each row count: first
+# scores 36.7 to 38.6 s after the command, 30.8 s on cuda (H100, `tests/data/bench/h100-pipeline.json`), and 303,104 rows done
+# after 53 s, on cuda after 50.
+_PLAN_S = 10.0
 # In this order where nothing is known yet.
 _GPU_PROVIDERS, _CPU_PROVIDERS = (COMPILED, "cuda", "tensorrt", "torch"), ("cpu", "torch")
-# In a process of its own on an H100's host: 156 s alone, 57 of them for what is left out since (see `ahead.py`); beside a run,
-# more than 125.
+# In a process of its own on an H100's host: 80 to 99 s beside one or two others, longer beside a run, which comes first.
 _COMPILE_S = 120.0
 
 
@@ -79,16 +83,23 @@ def _named(request: EngineRequest, gate: Gate) -> tuple[Engine, EngineDecision]:
 def _best(request: EngineRequest, gate: Gate) -> tuple[Engine, EngineDecision]:
     """Every rung that pays is built, checked and timed; the fastest is used. fp32 is tried where no fp16 passes.
 
-    What earlier runs timed is not timed again: the fastest of those comes first, and the slower ones are not built.
+    What earlier runs timed is not timed again: the one of those that is done soonest comes first, and the others are not built.
     """
     rungs: list[Rung] = []
     best: tuple[Engine, Rung] | None = None
     for precision in _precisions(request, "auto"):
         providers = _providers(request, precision)
         known = {provider: gate.known_rate(provider, precision) or 0.0 for provider in providers}
-        for provider in sorted(providers, key=lambda name: -known[name]):
+        whole = {provider: _whole_s(request, provider, known[provider]) for provider in providers}
+        for provider in sorted(providers, key=lambda name: whole[name]):
             if best is not None and 0 < known[provider] <= (best[1].rows_per_s or 0):
                 rungs.append(Rung(provider, precision, "slower", "timed by an earlier run", known[provider]))
+                continue
+            used_s = _whole_s(request, best[1].provider, best[1].rows_per_s or 0.0) if best else math.inf
+            if best is not None and known[provider] and used_s <= whole[provider]:
+                waste = f"{request.rows_left} rows take {whole[provider]:.1f} s with its start, {used_s:.1f} s on "
+                waste += best[1].provider
+                rungs.append(Rung(provider, precision, "skipped", waste, known[provider]))
                 continue
             if best is not None and provider == "torch" and has_gpu():
                 # On an H100 it was the faster one for 1 of 11 networks, by 2 % (`tests/data/bench/h100-engines.json`), and held
@@ -163,6 +174,16 @@ def _build_beside_reference(
         return building.result()
 
 
+def _whole_s(request: EngineRequest, provider: str, rows_per_s: float) -> float:
+    """Until all rows left are scored, from when the engine is loaded; of unknown many, until one is."""
+    if not rows_per_s:
+        return math.inf
+    if request.rows_left is None:
+        return 1 / rows_per_s
+    start_s = _PLAN_S if provider == COMPILED and request.compile != "always" else 0.0
+    return start_s + request.rows_left / rows_per_s
+
+
 def _would_not_pay(rows_left: int | None, best: Rung | None, build_s: float) -> str | None:
     """Why building another rung cannot win: the best one so far scores all that is left sooner."""
     if rows_left is None or best is None or not best.rows_per_s:
@@ -212,8 +233,9 @@ def _with_takeover(
 
 
 def _compile_s(request: EngineRequest, precision: Any) -> float:
-    is_cheap = request.compile == "always" or is_compiled(request, precision)
-    return _BUILD_S[COMPILED] if is_cheap else _COMPILE_S
+    if request.compile == "always":
+        return 0.0
+    return _BUILD_S[COMPILED] if is_compiled(request, precision) else _COMPILE_S
 
 
 def open_engine(request: EngineRequest, decision: EngineDecision) -> Engine:

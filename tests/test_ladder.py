@@ -183,9 +183,9 @@ def test_torch_that_was_named_is_relieved_at_once_by_what_an_earlier_run_compile
     machine["torch-compiled", "fp16"] = StubEngine("torch-compiled", "fp16", 46_000, 1e-3)
     ready, _ = compiling(monkeypatch, lambda: machine["torch", "fp16"])
     ready.set()
-    request = request_for(tmp_path, provider="torch", rows_left=100_000)
+    request = request_for(tmp_path, provider="torch")
     engine, decision = choose_engine(request)
-    assert isinstance(engine, Takeover), "100,000 rows take 5 s"
+    assert isinstance(engine, Takeover), "500,000 rows take 25 s"
     assert decision.compiles
     del machine["torch-compiled", "fp16"]
     assert choose_engine(request)[0] is machine["torch", "fp16"], "compiling takes longer"
@@ -199,6 +199,46 @@ def test_what_earlier_runs_timed_is_not_built_to_be_found_slower(machine: Machin
     told = [str(rung) for rung in decision.rungs]
     assert told[0].startswith("cuda-fp16 used, 30,000 rows/s")
     assert told[1] == "torch-fp16 slower, 20,000 rows/s: timed by an earlier run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({"rows_left": 800_000}, "cuda"),
+        ({"rows_left": 1_000_000}, "torch-compiled"),
+        ({"rows_left": 1_000, "compile": "always"}, "torch-compiled"),
+        ({"rows_left": None}, "torch-compiled"),
+    ],
+)
+def test_the_compiled_engine_is_used_where_its_rate_pays_for_its_start(
+    machine: Machine, tmp_path: Path, changes: dict[str, Any], used: str
+) -> None:
+    machine["torch-compiled", "fp16"] = StubEngine("torch-compiled", "fp16", 46_000, 1e-3)
+    KNOWN_RATES.update({("cuda", "fp16"): 30_000, ("torch-compiled", "fp16"): 46_000})
+    other = "cuda" if used == "torch-compiled" else "torch-compiled"
+    del machine[other, "fp16"]  # not built
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "is_compiled", lambda request, precision: True)
+        engine, decision = choose_engine(request_for(tmp_path, **changes))
+    assert engine is machine[used, "fp16"]
+    assert not decision.compiles
+    rung = next(rung for rung in decision.rungs if rung.provider == other)
+    if used == "cuda":
+        wanted = "torch-compiled-fp16 skipped, 46,000 rows/s: 800000 rows take 27.4 s with its start, 26.7 s on cuda"
+    else:
+        wanted = "cuda-fp16 slower, 30,000 rows/s: timed by an earlier run"
+    assert str(rung) == wanted
+
+
+def test_a_compiled_engine_that_nobody_timed_is_tried_in_runs_that_may_gain_by_it(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine["torch-compiled", "fp16"] = StubEngine("torch-compiled", "fp16", 46_000, 1e-3)
+    KNOWN_RATES["cuda", "fp16"] = 30_000
+    engine, decision = choose_engine(request_for(tmp_path, rows_left=500_000))
+    assert engine is machine["cuda", "fp16"], "17 s: less than 20"
+    assert outcomes(decision)["torch-compiled-fp16"] == "skipped"
+    assert choose_engine(request_for(tmp_path, rows_left=700_000))[0] is machine["torch-compiled", "fp16"]
 
 
 def test_the_engine_that_was_fastest_is_checked_again_and_passed_over(machine: Machine, tmp_path: Path) -> None:
