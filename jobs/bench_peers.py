@@ -9,6 +9,7 @@ whose last line on standard output is one JSON document.
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.bench_score import Entry, median_of
-from jobs.bench_watch import watch
+from jobs.bench_series import mean_between, thin_mean
+from jobs.bench_watch import probed_gpu, watch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,16 +84,19 @@ def measure_predict_proba(predictor: Any, rows: "pd.DataFrame", repeats: int) ->
     if len(rows) > _WARM_UP_ROWS * 4:
         predictor.predict_proba(rows.head(_WARM_UP_ROWS))
     rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        predictor.predict_proba(rows)
-        rates.append(len(rows) / (time.perf_counter() - start))
-        logger.info("predict_proba, %d loader workers: %.0f rows/s", environment.num_workers_inference, rates[-1])
+    with probed_gpu() as probe:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            predictor.predict_proba(rows)
+            rates.append(len(rows) / (time.perf_counter() - start))
+            logger.info("predict_proba, %d loader workers: %.0f rows/s", environment.num_workers_inference, rates[-1])
     return {
         "rows": len(rows),
         **median_of(rates),
         "loader_workers": environment.num_workers_inference,
         "batch_rows": environment.per_gpu_batch_size * environment.inference_batch_size_ratio,
+        "gpu_busy_pct": mean_between(probe.busy, 0.0, math.inf),
+        "series": {"gpu_busy": thin_mean(probe.busy)},
     }
 
 
@@ -125,6 +130,9 @@ def measure_ray_script(inputs: Path, predictor: Path, work: Path) -> Entry:
         "wall_s": round(watched.wall_s, 1),
         "memory": watched.memory,
         "batch_rows": BATCH_ROWS,
+        # Of the time in which its actor scored, which ends with the command.
+        "gpu_busy_pct": mean_between(watched.gpu_busy, watched.wall_s - document["busy_s"], watched.wall_s),
+        "series": {"gpu_busy": thin_mean(watched.gpu_busy)},
     }
 
 

@@ -12,9 +12,10 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -229,6 +230,24 @@ class GpuProbe:
         except (AttributeError, pynvml.NVMLError):
             return  # an older driver, or a GPU without JPEG engines
         self.jpeg.append((at, statistics.mean(jpeg)))
+
+
+@contextmanager
+def probed_gpu() -> Iterator[GpuProbe]:
+    """A probe that is taken every tick for as long as the block runs, in this process; its seconds count from there."""
+    probe, ended, start = GpuProbe(), threading.Event(), time.perf_counter()
+
+    def sample() -> None:
+        while not ended.wait(_TICK_S):
+            probe.take(time.perf_counter() - start)
+
+    thread = threading.Thread(target=sample, name="gpu-probe", daemon=True)
+    thread.start()
+    try:
+        yield probe
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _folder_mib(session: Path) -> float:

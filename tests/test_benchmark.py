@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import bench_flow, bench_pipeline, bench_score, score
+from jobs import bench_flow, bench_limits, bench_pipeline, bench_score, score
 from jobs.bench_data import GROUP_ROWS, Recipe, make_cut, repeat_cut
 from jobs.bench_document import failures, open_document, ratios
+from jobs.bench_peers import measure_predict_proba
 from jobs.bench_pipeline import LEVERS, chosen_parts
 from jobs.bench_profile import summarize
 from jobs.bench_score import ScoreJob
@@ -335,7 +338,10 @@ def test_processes_are_told_apart_by_their_titles() -> None:
     assert process_kind("/usr/bin/python -c x") == "other"
 
 
-def test_gpu_probe_keeps_the_drivers_figures_and_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """The driver's library with two GPUs, 40 and 60 % busy, without JPEG engines."""
+
     class BrokenError(Exception):
         pass
 
@@ -352,15 +358,71 @@ def test_gpu_probe_keeps_the_drivers_figures_and_does_without(monkeypatch: pytes
         nvmlDeviceGetJpgUtilization=fail,
     )
     monkeypatch.setitem(sys.modules, "pynvml", gpu)
+    return gpu
+
+
+def test_gpu_probe_keeps_the_drivers_figures_and_does_without(nvml: types.SimpleNamespace) -> None:
     probe = GpuProbe()
     probe.take(1.234)
     assert probe.busy == [(1.23, 50)]
     assert probe.jpeg == []
     assert probe.peak_mib == 2048
-    gpu.nvmlInit = fail
+    nvml.nvmlInit = nvml.nvmlDeviceGetJpgUtilization
     absent = GpuProbe()
     absent.take(1.0)
     assert absent.busy == []
+
+
+def test_a_peer_of_this_process_tells_how_busy_the_gpu_was(nvml: types.SimpleNamespace) -> None:
+    settings = types.SimpleNamespace(
+        num_workers_inference=2, per_gpu_batch_size=8, inference_batch_size_ratio=4, precision=32
+    )
+
+    def predict_proba(rows: pd.DataFrame) -> None:
+        assert len(rows) == 100
+        # Until the driver was asked: 0.1 s.
+        deadline = time.monotonic() + 30
+        asked.clear()
+        while not asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    asked: list[int] = []
+    memory = nvml.nvmlDeviceGetMemoryInfo
+
+    def told_memory(gpu: int) -> Any:
+        asked.append(gpu)
+        return memory(gpu)
+
+    nvml.nvmlDeviceGetMemoryInfo = told_memory
+    learner = types.SimpleNamespace(_config=types.SimpleNamespace(env=settings))
+    predictor = types.SimpleNamespace(_learner=learner, predict_proba=predict_proba)
+    entry = measure_predict_proba(predictor, pd.DataFrame({"a": range(100)}), 2)
+    assert entry["gpu_busy_pct"] == 50.0
+    assert len(entry["series"]["gpu_busy"]) >= 2
+    assert {value for _, value in entry["series"]["gpu_busy"]} == {50.0}
+    assert not [thread for thread in threading.enumerate() if thread.name == "gpu-probe"]
+
+
+def test_preparation_alone_takes_no_more_rows_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ScoreJob] = []
+
+    def measure(job: ScoreJob) -> dict[str, Any]:
+        seen.append(job)
+        return {"rows_per_s": 10.0 * len(seen)}
+
+    monkeypatch.setattr(bench_limits, "measure_feature_limit", measure)
+    monkeypatch.setattr(bench_pipeline, "_PREPARED_ROWS", 2 * GROUP_ROWS)
+    parts = {"D-exact": GOOD, "D-gpu": GOOD}
+    bench = Bench(Request(tmp_path, None, rows=8 * GROUP_ROWS), {"device": "cpu"}, parts, lambda *_: None)
+    bench.__dict__["seed_predictor"] = tmp_path / "predictor"
+    bench.__dict__["seed_cut"] = make_cut(tmp_path / "cut", Recipe(rows=GROUP_ROWS, images="none"))
+    entry = bench_pipeline.PARTS["P"](bench)
+    assert [dict(job.settings) for job in seen] == [{"images.decode": "exact"}, {"images.decode": "gpu"}]
+    for job in seen:
+        files = [file for folder in job.inputs for file in folder.iterdir()]
+        assert job.rows == sum(pq.read_metadata(file).num_rows for file in files) == 2 * GROUP_ROWS
+    assert entry["rows_per_s"] == 20.0
+    assert entry["by_decode"]["exact"]["rows_per_s"] == 10.0
 
 
 def test_watching_counts_parts_as_they_land_and_stops_what_takes_too_long(tmp_path: Path) -> None:
