@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scoring.engines.base import Shapes
-from scoring.engines.onnx_engine import OnnxGpuEngine, choose_count, counts_that_pay, plan_first
+from scoring.engines.onnx_engine import OnnxGpuEngine, counts_that_pay
+from scoring.engines.row_counts import choose_count, plan_first
 
 COUNTS = (32, 64, 128, 256, 512)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scoring.decision import describe_error
-from scoring.engines.base import EngineUnavailable, Shapes, repeat_last, sizes_of
+from scoring.engines.base import EngineUnavailable, Shapes, sizes_of
+from scoring.engines.row_counts import PLANNED_AFTER_ROWS, plan_first, run_in_parts
 from scoring.engines.torch_engine import CUDA, GpuEngine, device_name
 from scoring.flat import BatchArrays, Logits, Precision, describe_inputs
 from scoring.spec import FeatureSpec
@@ -35,8 +36,6 @@ _FUSED_PAYS_ROWS = 15_000_000
 # Planning for batches of 512 rows pays from so many rows on (3.4 s, for about 9 us a row on an H100), and for 256 later. Smaller
 # batches are odd ends.
 _PAYS_ROWS = (500_000, 7_000_000)
-# The first parts (20,000 rows) are written before: after 24,576 rows the plan held the first score back by 3 s.
-_PLANNED_AFTER_ROWS = 65_536
 # Two TensorRT workspaces of upstream's 2 GiB starve long texts; the builder takes what it needs of this much.
 _TENSORRT_WORKSPACE = 8 * 2**30
 
@@ -133,18 +132,12 @@ class OnnxGpuEngine(GpuEngine):
 
     def run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """Flat tensors on the GPU -> logits there; nothing passes through the host, and the host does not wait."""
-        import torch
-
         rows = len(tensors[0])
-        if self._to_plan and self._num_rows >= _PLANNED_AFTER_ROWS:
+        if self._to_plan and self._num_rows >= PLANNED_AFTER_ROWS:
             counts, self._to_plan = self._to_plan, ()
             self._plan(counts)
         self._num_rows += rows
-        if not self._is_planned or rows in self._sessions:
-            return self._run(tensors)
-        count = choose_count(rows, self._sessions)
-        parts = [[tensor[start : start + count] for tensor in tensors] for start in range(0, rows, count)]
-        return torch.cat([self._run(_fill(part, count))[: len(part[0])] for part in parts])
+        return run_in_parts(self._run, tensors, self._sessions) if self._is_planned else self._run(tensors)
 
     def _run(self, tensors: "list[torch.Tensor]") -> "torch.Tensor":
         """As `run`, of as many rows as a session plans for."""
@@ -215,26 +208,10 @@ class OnnxGpuEngine(GpuEngine):
         self._sessions.clear()
 
 
-def plan_first(counts: Sequence[int]) -> int:
-    """128 of 512: at 4/5 of the rate of 512, and the most rows that the longest texts leave a batch."""
-    return counts[max(0, len(counts) - 3)]
-
-
 def counts_that_pay(counts: Sequence[int], rows_left: int | None) -> tuple[int, ...]:
     """What else to plan for in a run of so many rows (None: not known, nothing)."""
     others = [count for count in reversed(counts) if count != plan_first(counts)]
     return tuple(count for count, rows in zip(others, _PAYS_ROWS, strict=False) if (rows_left or 0) >= rows)
-
-
-def choose_count(rows: int, planned: Collection[int]) -> int:
-    """The rows of each part of a batch: the least work, in the fewest parts."""
-    return min(planned, key=lambda count: (-(-rows // count) * count, -count))
-
-
-def _fill(tensors: "list[torch.Tensor]", rows: int) -> "list[torch.Tensor]":
-    """Tensors of fewer rows grown to `rows`, their last one repeated."""
-    missing = rows - len(tensors[0])
-    return [repeat_last(tensor, missing) for tensor in tensors] if missing else tensors
 
 
 def cuda_options(precision: Precision, rows_left: int | None) -> tuple[dict[str, Any], ...]:
