@@ -167,7 +167,7 @@ def prepare(
     preparer = preparer or (_start_preparer(config, predictor_hash, early) if early else None)
     pools = size_pools(config, _nodes())
     decode = _plan_decode(config, spec, pools)
-    flow = size_flow(config, spec, pools, decode, inputs.estimated_rows)
+    flow = size_flow(config, spec, pools, decode, inputs.estimated_rows, inputs.row_bytes)
     rows = inputs.estimated_rows if inputs.has_exact_rows else None
     return Plan(
         config,
@@ -192,9 +192,8 @@ def resize(plan: Plan) -> Plan:
     config, spec = plan.config, plan.spec
     pools = size_pools(config, _nodes())
     decode = plan.decode if plan.decode.mode == "exact" else _plan_decode(config, spec, pools)
-    return replace(
-        plan, pools=pools, decode=decode, flow=size_flow(config, spec, pools, decode, plan.inputs.estimated_rows)
-    )
+    flow = size_flow(config, spec, pools, decode, plan.inputs.estimated_rows, plan.inputs.row_bytes)
+    return replace(plan, pools=pools, decode=decode, flow=flow)
 
 
 def _nodes() -> list[Mapping[str, float]]:

@@ -171,6 +171,22 @@ def test_cells_that_ship_as_they_are_ship_as_when_each_is_looked_at(monkeypatch:
     assert set(FeatureBuilder(spec, fetcher, whole)(missing)["feat:image:valid_num"].to_pylist()) == {0}
 
 
+def test_cells_ship_from_where_they_lie_also_beside_rows_without_an_image() -> None:
+    cells: list[bytes | None] = [None, jpeg(picture(90, 100)), None, jpeg(picture(91, 100)), None, None]
+    column = ImageColumn("Images", "image_bytearray")
+    spec = FeatureSpec("y", "binary", (0, 1), (), (), (), (column,), (), (), (), (MODEL,), False)
+    fetcher = ImageFetcher(ImagesConfig(base="/", max_pixels=MAX_PIXELS))
+    table = image_table(cells)
+    built = FeatureBuilder(spec, fetcher, DecodePlan("gpu", resizes_on_gpu=True))(table)
+    assert built["feat:image:pixels"].to_pylist() == [cell or b"" for cell in cells]
+    assert built["feat:image:valid_num"].to_pylist() == [0, 1, 0, 1, 0, 0]
+    before, after = (
+        [chunk.buffers()[2].address for chunk in found.chunks if chunk.buffers()[2] is not None]
+        for found in (table["model:Images"], built["feat:image:pixels"])
+    )
+    assert after == before, "41 KB a row are not copied"
+
+
 @pytest.mark.parametrize("plan", [GPU, DecodePlan("exact", resizes_on_gpu=True)])
 def test_strips_specks_and_giants_are_resized_where_they_are_decoded(plan: DecodePlan) -> None:
     for width, height in ((700, 80), (12, 90), (2100, 2000)):

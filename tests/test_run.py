@@ -31,6 +31,7 @@ class Inputs:
         Shard(2, cast("Any", None), 0, None),
     )
     estimated_rows: int = 10**6
+    row_bytes: float = 0.0
 
 
 def plan_for(tmp_path: Path, decode: DecodePlan, *settings: str) -> Plan:

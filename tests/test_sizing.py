@@ -105,6 +105,21 @@ def test_a_small_run_is_cut_into_blocks_for_every_worker(tmp_path: Path) -> None
     assert size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6).block_rows == 4096
 
 
+@pytest.mark.parametrize("row_bytes", [3_000.0, 41_000.0, 90_000.0, 200_000.0, 2e6])
+def test_rows_that_hold_their_images_are_read_in_batches_of_a_block(tmp_path: Path, row_bytes: float) -> None:
+    pools = size_pools(config(tmp_path), [H100])
+    flow = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6, row_bytes)
+    assert flow.block_rows * row_bytes < 1.5 * flow.block_bytes, "Ray does not cut it"
+    assert flow.block_rows == 2048 or 2.001 * flow.block_rows * row_bytes > 1.4 * flow.block_bytes
+    assert flow.window_rows % flow.block_rows == 0
+    assert size_flow(config(tmp_path), SPEC, pools, DecodePlan("exact"), 10**6, row_bytes).block_rows == 128
+
+
+def test_rows_that_name_their_images_are_of_unknown_size(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), [H100])
+    assert size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6, 300.0).block_rows == 512
+
+
 @pytest.mark.parametrize("nodes", [[2.0] * 3, [16.0] * 2, [8.0] * 5, [4.0, 64.0]])
 def test_on_several_nodes_an_actor_fits_on_one_and_all_fit_when_one_is_gone(tmp_path: Path, nodes: list[float]) -> None:
     pools = size_pools(config(tmp_path), [{"CPU": cpus} for cpus in nodes])
