@@ -105,7 +105,13 @@ def ray_head() -> Iterator[RayHead]:
         [str(Path(sys.executable).parent / "ray"), "start", *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_WAIT_POLICY": "PASSIVE"},
+        env={
+            **os.environ,
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # As `jobs` has it of a Ray of its own.
+            "RAY_idle_worker_killing_time_threshold_ms": "600000",
+        },
         cwd=REPOSITORY,
     )
     _wait_for_port(port, head)
