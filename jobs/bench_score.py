@@ -144,6 +144,7 @@ def _figures(job: ScoreJob, watched: Watched) -> Entry:
         },
         "actors": watched.actors,
         "memory": watched.memory,
+        "cpu": watched.cpu,
         "spilled_mib": watched.spilled_mib,
         "gpu_memory_mib": watched.gpu_memory_mib or None,
         "gpu_busy_pct": mean_between(watched.gpu_busy, start, end),

@@ -1,4 +1,4 @@
-"""Watches a command from outside while it runs: parts as they land, GPU busy share, memory by kind of process, spilling.
+"""Watches a command from outside while it runs: parts as they land, GPU busy share, memory and CPU by kind of process, spilling.
 
 Owns the sampling and the arithmetic on its series. The command gets a Ray of its own (a temporary folder for its sockets and
 logs, no RAY_ADDRESS), so that its processes are its children and its logs are read afterwards. Knows nothing of peers.
@@ -61,6 +61,8 @@ class Watched:
     jpeg_busy: Series = field(default_factory=list)
     gpu_memory_mib: float = 0.0
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    cpu: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By kind of process: seconds of a core, and how many there ever were, less some that lived for less than a second."""
     spilled_mib: float = 0.0
     driver: dict[str, float] = field(default_factory=dict)
     """Seconds since its start until the driver said its first line, and until its plan was made and Ray was there."""
@@ -130,13 +132,14 @@ class _Samples:
         self._rows = 0
         self._landed: Series = []
         self._memory: dict[str, dict[str, float]] = {}
+        self._cpu: dict[int, tuple[str, float]] = {}
         self._spilled = 0.0
 
     def take(self) -> None:
         self._probe.take(time.perf_counter() - self._start)
         self.take_parts()
         if self._ticks % _TREE_TICKS == 0:
-            self._take_memory()
+            self._take_processes()
             self._spilled = max(self._spilled, _folder_mib(self._ray_folder / "ray" / "session_latest"))
         self._ticks += 1
 
@@ -158,7 +161,7 @@ class _Samples:
             self._rows += new
             self._landed.append((round(time.perf_counter() - self._start, 3), self._rows))
 
-    def _take_memory(self) -> None:
+    def _take_processes(self) -> None:
         sums: dict[str, list[float]] = {}
         try:
             processes = [self._root, *self._root.children(recursive=True)]
@@ -167,12 +170,13 @@ class _Samples:
         for process in processes:
             try:
                 title = " ".join(process.cmdline())
-                memory = process.memory_info()
+                memory, times = process.memory_info(), process.cpu_times()
             except psutil.Error:
                 continue
             if not title:
                 continue  # it has ended, and its parent has not looked yet
             kind = "driver" if process.pid == self._root.pid else process_kind(title)
+            self._cpu[process.pid] = kind, times.user + times.system
             # Shared pages are mostly the object store's, counted in every process that read from it.
             private = memory.rss - getattr(memory, "shared", 0)
             sums.setdefault(kind, []).append(private / _MIB)
@@ -191,6 +195,9 @@ class _Samples:
         watched.gpu_busy, watched.jpeg_busy = self._probe.busy, self._probe.jpeg
         watched.gpu_memory_mib = round(self._probe.peak_mib, 1)
         watched.memory = self._memory
+        kinds = dict.fromkeys(kind for kind, _ in self._cpu.values())
+        spent = {kind: [seconds for mine, seconds in self._cpu.values() if mine == kind] for kind in kinds}
+        watched.cpu = {kind: {"cpu_s": round(sum(all_s), 1), "num": len(all_s)} for kind, all_s in spent.items()}
         watched.spilled_mib = self._spilled
 
 

@@ -427,13 +427,15 @@ def test_preparation_alone_takes_no_more_rows_than_it_needs(tmp_path: Path, monk
 
 def test_watching_counts_parts_as_they_land_and_stops_what_takes_too_long(tmp_path: Path) -> None:
     script = """
-import pathlib, sys, time, json
+import pathlib, subprocess, sys, time, json
 import pyarrow as pa, pyarrow.parquet as pq
 run = pathlib.Path(sys.argv[1]) / "runs" / "r"
 for kind, number in (("scores", 0), ("quarantine", 0), ("scores", 1)):
     (run / kind).mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"a": [1, 2, 3]}), run / kind / f"part-{number}.parquet")
     time.sleep(0.5)
+for number in range(2):
+    subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 1.5: pass", "ray::Write"])
 print("words"); print(json.dumps({"rows_read": 9}))
 time.sleep(float(sys.argv[2]))
 """
@@ -443,6 +445,9 @@ time.sleep(float(sys.argv[2]))
     assert watched.summary == {"rows_read": 9}
     assert [rows for _, rows in watched.landed] == [3, 6, 9]
     assert watched.memory["driver"]["peak_mib"] > 10
+    assert watched.cpu["driver"]["num"] == 1
+    assert watched.cpu["other ray workers"]["num"] == 2, "one after the other"
+    assert 1.5 <= watched.cpu["other ray workers"]["cpu_s"] <= 4.5
     assert watched.spilled_mib == 0
     stopped = watch([*command, "600"], tmp_path / "other", timeout_s=4, environment={})
     assert stopped.code != 0
