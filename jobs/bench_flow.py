@@ -16,7 +16,7 @@ from unittest.mock import patch
 def main(arguments: Sequence[str]) -> None:
     """Start `jobs.score` with some of `sizing.Flow`'s numbers given."""
     end = arguments.index("--")
-    changes = {name: int(value) for name, _, value in (item.partition("=") for item in arguments[:end])}
+    changes: dict[str, Any] = {name: int(value) for name, _, value in (item.partition("=") for item in arguments[:end])}
 
     from jobs import score
     from scoring.sizing import size_flow

@@ -42,6 +42,7 @@ class Lever:
 LEVERS: tuple[Lever, ...] = (
     Lever("as it comes"),
     Lever("split: one core prepares", {"resources.cpus": 2}),
+    Lever("reads and features apart", flow={"workers_may_read": 0}),
     Lever("decode: fast", {"images.decode": "fast"}),
     Lever("decode: fast, pixels shipped as fp32", {"images.decode": "fast"}, flow={"float32_pixels": 1}),
     Lever("bucketing: 512 rows sorted at a time", flow={"window_rows": 512}),

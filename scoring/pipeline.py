@@ -452,12 +452,15 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     context = DataContext.get_current()
     context.target_max_block_size = plan.flow.block_bytes
     context.wait_for_min_actors_s = -1
-    source = ShardSource(plan.inputs, plan.config.input.csv, attempt, plan.flow.block_rows, plan.done)
+    flow, pools = plan.flow, plan.pools
+    source = ShardSource(plan.inputs, plan.config.input.csv, attempt, flow.block_rows, flow.task_rows, plan.done)
+    # Ray joins the two stages where they ask for the same, and the second takes blocks as they come.
+    is_one = flow.workers_read(pools, source.num_tasks)
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,
-        concurrency=plan.pools.read_tasks,
-        ray_remote_args={"num_cpus": IO_CPUS},
+        concurrency=None if is_one else pools.read_tasks,
+        ray_remote_args={"num_cpus": pools.feature_cpus if is_one else IO_CPUS},
     )
     return dataset.map_batches(
         FeatureWorker,
@@ -467,10 +470,10 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
             "decode": plan.decode,
             "journal": attempt.journal_uri("features"),
         },
-        batch_size=plan.flow.block_rows,
+        batch_size=None if is_one else flow.block_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=plan.pools.feature_workers),
-        num_cpus=plan.pools.feature_cpus,
+        compute=ActorPoolStrategy(size=pools.feature_workers),
+        num_cpus=pools.feature_cpus,
         udf_modifying_row_count=False,
     )
 
@@ -539,8 +542,11 @@ def _raise_refusal(attempt: AttemptFolder, error: Exception) -> None:
 
 
 def _stage_seconds(dataset: "ray.data.Dataset") -> dict[str, float]:
-    """Busy seconds of read, features, score and write from Ray's own statistics, summed over tasks."""
-    names = {"ShardSource": "read_busy_s", "FeatureWorker": "features_busy_s"}
+    """Busy seconds of read, features, score and write from Ray's own statistics, summed over tasks.
+
+    Where feature workers read their rows themselves there are none of read.
+    """
+    names = {"FeatureWorker": "features_busy_s", "ShardSource": "read_busy_s"}
     names |= {"ScoringActor": "score_busy_s", "Write": "write_busy_s"}
     seconds: dict[str, float] = {}
     pending = [dataset.get_stats_summary()]
@@ -548,7 +554,7 @@ def _stage_seconds(dataset: "ray.data.Dataset") -> dict[str, float]:
         summary = pending.pop()
         pending.extend(summary.parents)
         for stage in summary.operators_stats:
-            for part, name in names.items():
-                if part in stage.operator_name and stage.wall_time is not None:
-                    seconds[name] = round(seconds.get(name, 0.0) + stage.wall_time.sum, 3)
+            name = next((name for part, name in names.items() if part in stage.operator_name), None)
+            if name is not None and stage.wall_time is not None:
+                seconds[name] = round(seconds.get(name, 0.0) + stage.wall_time.sum, 3)
     return seconds

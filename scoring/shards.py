@@ -119,9 +119,10 @@ class InputPlan:
 
     @property
     def row_bytes(self) -> float:
-        """Bytes a row of the parquet files, whose rows are known before they are read; 0 without any."""
-        known = [file for file in self.files if file.format == "parquet"]
-        return sum(file.size_bytes for file in known) / max(1, sum(file.num_rows for file in known))
+        """Bytes a row of the files; 0 where one is a CSV, whose rows nobody has counted yet."""
+        if any(file.format != "parquet" for file in self.files):
+            return 0.0
+        return sum(file.size_bytes for file in self.files) / max(1, sum(file.num_rows for file in self.files))
 
 
 def list_inputs(config: InputConfig) -> list[ListedFile]:

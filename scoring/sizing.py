@@ -44,6 +44,9 @@ _SIZES = {"gpu": _Size(512, 8_192, 64), "fast": _Size(512, 4_096, 64), "exact": 
 # which Ray neither joins nor cuts again. Of four batches a block, rows of 41 KB took a third more of a core (165 us, here 125).
 _MOST_BLOCK_ROWS, _LEAST_IMAGE_BYTES = 2_048, 2_048
 _BLOCK_SLACK = 1.4  # Ray cuts blocks of 1.5 times the size that they are closed at
+# Small files share a read task: 10,000 files of 1,000 rows are 1,000 tasks, not 10,000. Where workers read for themselves, each
+# has some of them, so that all end at about the same time.
+_TASK_ROWS, _TASKS_A_WORKER = 10_000, 4
 _PLAIN = _Size(4_096, 8_192, 2)
 # One window in the forward, two at the decoders, one being copied and cut. On an H100 six gave 18,600 rows/s in one process and
 # four 23,300: each launch of the forward waits for its turn at the driver.
@@ -74,13 +77,24 @@ class Pools:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rows a block of features, a window of scoring and a part of scores, calls in flight an actor, and bytes of Ray's blocks."""
+    """Rows a block of features, a window of scoring and a part of scores, calls in flight an actor, and bytes of Ray's blocks.
+
+    `task_rows` are a read task's, at least. With `workers_may_read` its rows are worth no way through Ray's store before their
+    features are there: both took 102 to 133 us of a core a row of 41 KB in one process, 130 to 150 in two (two cores, four runs).
+    Of the cores' own decoding it would save little, and there each block goes to whichever worker is free.
+    """
 
     block_rows: int
     window_rows: int
     part_rows: int
     calls: int
     block_bytes: int
+    task_rows: int
+    workers_may_read: bool = False
+
+    def workers_read(self, pools: Pools, num_tasks: int) -> bool:
+        """Whether a run of so many read tasks leaves them to the feature workers: each has some."""
+        return self.workers_may_read and num_tasks >= _TASKS_A_WORKER * pools.feature_workers
 
 
 def size_pools(config: ScoreConfig, nodes: Sequence[Mapping[str, float]]) -> Pools:
@@ -186,20 +200,20 @@ def size_flow(
     if not pools.gpus_per_actor:
         rows_a_time = config.batch.rows or _CPU_ROWS
         block_bytes = _CPU_IMAGE_BYTES if spec.image else _CPU_PLAIN_BYTES
-        return Flow(rows_a_time, rows_a_time, _CPU_PART_ROWS, 1, block_bytes)
+        return Flow(rows_a_time, rows_a_time, _CPU_PART_ROWS, 1, block_bytes, _TASK_ROWS)
     size = _SIZES[decode.mode] if spec.image else _PLAIN
     share = rows // (4 * pools.feature_workers)
-    most = _rows_a_block(size, row_bytes) if decode.mode == "gpu" and spec.image else size.block_rows
+    ships_files = decode.mode == "gpu" and bool(spec.image) and row_bytes >= _LEAST_IMAGE_BYTES
+    most = _rows_a_block(size, row_bytes) if ships_files else size.block_rows
     block = max(_MIN_BLOCK, min(most, _power_of_two(share)))
+    task = min(_TASK_ROWS, rows // (2 * _TASKS_A_WORKER * pools.feature_workers)) if ships_files else _TASK_ROWS
     # A few windows at least, so that one is prepared while another is scored.
     window = max(block, config.batch.rows or 0, min(size.window_rows, rows // 4))
-    return Flow(block, window, _GPU_PART_ROWS, _GPU_CALLS, size.block_mib * _MIB)
+    return Flow(block, window, _GPU_PART_ROWS, _GPU_CALLS, size.block_mib * _MIB, task, ships_files)
 
 
 def _rows_a_block(size: _Size, row_bytes: float) -> int:
-    """As many rows as a block holds of such that carry their images; of others, whose images nobody has seen yet, the usual."""
-    if row_bytes < _LEAST_IMAGE_BYTES:
-        return size.block_rows
+    """As many rows as a block holds."""
     return min(_MOST_BLOCK_ROWS, _power_of_two(int(_BLOCK_SLACK * size.block_mib * _MIB / row_bytes)))
 
 

@@ -22,13 +22,12 @@ from scoring.shards import InputPlan, Shard
 
 logger = logging.getLogger(__name__)
 
-# Small files share a task: 10,000 files of 1,000 rows are 1,000 tasks, not 10,000.
-_TASK_ROWS = 10_000
 _ROW_OVERHEAD_BYTES = 64
 
 
 class ShardSource(Datasource):  # type: ignore[misc]
-    """Reads shards in blocks of at most `block_rows`, and notes each shard's rows in the attempt's folder.
+    """Reads shards in blocks of at most `block_rows`, tasks of `task_rows` or a shard, and notes each shard's rows in the
+    attempt's folder.
 
     `done` are the rows, by shard, that earlier attempts have accounted for: they are left out.
     """
@@ -39,6 +38,7 @@ class ShardSource(Datasource):  # type: ignore[misc]
         csv_config: CsvConfig,
         attempt: AttemptFolder,
         block_rows: int,
+        task_rows: int,
         done: Mapping[int, Sequence[Range]] | None = None,
     ) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ShardSource(Datasource):  # type: ignore[misc]
         self._csv_config = csv_config
         self._attempt = attempt
         self._block_rows = block_rows
-        self._tasks = group_shards(plan.shards)
+        self._tasks = group_shards(plan.shards, task_rows)
 
     @property
     def num_tasks(self) -> int:
@@ -89,13 +89,13 @@ def _estimated_bytes(shard: Shard) -> int:
     return round(shard.file.size_bytes * share) + shard.estimated_rows * _ROW_OVERHEAD_BYTES
 
 
-def group_shards(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], ...]:
-    """Consecutive shards of few rows together, so that a task is worth its start."""
+def group_shards(shards: Sequence[Shard], task_rows: int) -> tuple[tuple[Shard, ...], ...]:
+    """Consecutive shards of fewer rows together, so that a task is worth its start."""
     tasks: list[tuple[Shard, ...]] = []
     group: list[Shard] = []
     for shard in shards:
         group.append(shard)
-        if sum(item.estimated_rows for item in group) >= _TASK_ROWS:
+        if sum(item.estimated_rows for item in group) >= task_rows:
             tasks.append(tuple(group))
             group = []
     return (*tasks, tuple(group)) if group else tuple(tasks)

@@ -64,6 +64,8 @@ class Chaos:
     environment: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.1
     """How long a window takes the formula, but in a rerun."""
+    workers_read: bool = False
+    """Whether feature workers read their rows themselves, as those before a GPU that decodes."""
     quiet: pa.Table | None = None
     """What a run scored that nothing happened to, in order."""
     number: int = field(default=0)
@@ -75,7 +77,8 @@ class Chaos:
     def start(self, output: Path, *, delay_s: float | None = None) -> "subprocess.Popen[str]":
         """A driver, its log beside the output."""
         delay = self.delay_s if delay_s is None else delay_s
-        module = ["jobs.score"] if self.is_real else ["tests.formula", f"--delay={delay}", "--"]
+        own = ["--workers-read"] if self.workers_read else []
+        module = ["jobs.score"] if self.is_real else ["tests.formula", f"--delay={delay}", *own, "--"]
         command = [sys.executable, "-m", *module, "--input", str(self.folder / "data")]
         command += ["--predictor", str(self.predictor), "--output", str(output)]
         for setting in (f"engine.cache={self.cache}", *self.settings):
@@ -443,6 +446,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--delay", type=float, default=0.1)
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--workers-read", action="store_true")
     options = parser.parse_args(arguments)
     print("seed", options.seed)
     rows = pq.read_table(options.predictor.parent / "rows.parquet").replace_schema_metadata(None)
@@ -460,6 +464,7 @@ def main(arguments: Sequence[str]) -> None:
             *(folder, options.predictor, options.cache, files, options.real),
             settings=("quarantine.max_fraction=1",),
             delay_s=options.delay,
+            workers_read=options.workers_read,
         )
         document[part] = PARTS[part](chaos, int(count), np.random.default_rng(options.seed))
         print(part, document[part], flush=True)

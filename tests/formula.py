@@ -1,9 +1,10 @@
 """`jobs.score` with a closed-form scorer: the score is a formula of the row's number, so that no model has to be loaded.
 
-    python -m tests.formula [--delay=SECONDS] -- --input ... --predictor ... --output ...
+    python -m tests.formula [--delay=SECONDS] [--workers-read] -- --input ... --predictor ... --output ...
 
-Everything else is the real job: Ray, reading, features, writing, ledger. What comes after `--` is jobs.score's own line. The
-predictor is a real one, whose feature spec must lie in the cache.
+Everything else is the real job: Ray, reading, features, writing, ledger. With `--workers-read` feature workers read their rows
+themselves, as before a GPU that decodes. What comes after `--` is jobs.score's own line. The predictor is a real one, whose
+feature spec must lie in the cache.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -118,8 +120,10 @@ class NoPreparer:
 def main(arguments: Sequence[str]) -> None:
     from jobs import score  # first: it settles how Ray starts
     from scoring.pipeline import FeatureWorker, StartedPreparer
+    from scoring.sizing import size_flow
 
     end = arguments.index("--")
+    workers_read = "--workers-read" in arguments[:end]
     delays = [float(argument.partition("=")[2]) for argument in arguments[:end] if argument.startswith("--delay=")]
 
     class DelayedActor(FormulaActor):
@@ -142,12 +146,17 @@ def main(arguments: Sequence[str]) -> None:
 
             self._guard._work = build_or_suffer
 
+    def flow(*given: Any) -> Any:
+        chosen = size_flow(*given)
+        return replace(chosen, workers_may_read=True, task_rows=1) if workers_read else chosen
+
     DelayedActor.__name__ = FormulaActor.__name__
     PoisonedWorker.__name__ = FeatureWorker.__name__
     # Nor does anybody import AutoGluon to check a formula.
     with (
         patch("scoring.pipeline.ScoringActor", DelayedActor),
         patch("scoring.pipeline.FeatureWorker", PoisonedWorker),
+        patch("scoring.pipeline.size_flow", flow),
         patch("scoring.pipeline._start_preparer", lambda *_: StartedPreparer(NoPreparer)),
     ):
         score.app(args=list(arguments[end + 1 :]))

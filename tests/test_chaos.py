@@ -85,6 +85,37 @@ def test_poison_rows_cost_themselves_alone(
     assert starts["features"] <= 1 + 3
 
 
+def test_workers_that_read_their_rows_lose_none_when_they_are_killed(run_parts: RunParts) -> None:
+    found = run_parts("--seed=4", "--rows=20000", "--delay=0.2", "--workers-read", "workers=1")["workers"]
+    assert found["kills"] == 1
+
+
+def test_poison_rows_of_workers_that_read_cost_themselves_alone(
+    ray_head: RayHead,
+    zoo: Mapping[str, Predictor],
+    zoo_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
+    predictor = zoo["ft_transformer"]
+    rows = pq.read_table(predictor.rows).replace_schema_metadata(None)
+    files = chaos.write_rows(rows, tmp_path / "data", 4_000, 8)
+    cache, settings = zoo_root / predictors.CACHE, ("quarantine.max_fraction=1",)
+    run = chaos.Chaos(tmp_path, predictor.path, cache, files, settings=settings, workers_read=True)
+    output = run.output()
+    poison = {"0003.parquet:7": "raise", "0005.parquet:400": "crash"}
+    Path(f"{output}.poison.json").write_text(json.dumps({"features": poison}))
+    published = run.finish(output)
+    run.check(published)
+    timings = published.manifest["timings"]
+    assert timings["features_busy_s"] > 0
+    assert "read_busy_s" not in timings, "reading is part of their tasks"
+    found = {f"{Path(row['source_file']).name}:{row['source_row']}" for row in published.quarantine.to_pylist()}
+    assert found == set(poison)
+    assert len(started_of(output, "features").read_text().split()) <= 1 + 3
+
+
 @pytest.mark.chaos
 def test_a_hopeless_run_is_stopped_long_before_its_end(run_parts: RunParts) -> None:
     found = run_parts("--rows=40000", "hopeless=1")["hopeless"]

@@ -115,6 +115,22 @@ def test_rows_that_hold_their_images_are_read_in_batches_of_a_block(tmp_path: Pa
     assert size_flow(config(tmp_path), SPEC, pools, DecodePlan("exact"), 10**6, row_bytes).block_rows == 128
 
 
+def test_workers_read_rows_with_images_that_the_gpu_decodes_where_each_has_some_tasks(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), [H100])
+    flow = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6, 41_000.0)
+    assert flow.workers_read(pools, 10**6 // flow.task_rows)
+    assert not flow.workers_read(pools, 3 * pools.feature_workers), "a few files would leave most workers idle"
+    fewer = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 200_000, 41_000.0)
+    assert fewer.workers_read(pools, 200_000 // fewer.task_rows)
+    for decode, row_bytes in (
+        (DecodePlan("exact"), 41_000.0),
+        (DecodePlan("fast"), 41_000.0),
+        (DecodePlan("gpu"), 0.0),
+    ):
+        assert not size_flow(config(tmp_path), SPEC, pools, decode, 10**6, row_bytes).workers_read(pools, 10**4)
+    assert not size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6, 41_000.0).workers_read(pools, 10**4)
+
+
 def test_rows_that_name_their_images_are_of_unknown_size(tmp_path: Path) -> None:
     pools = size_pools(config(tmp_path), [H100])
     assert size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6, 300.0).block_rows == 512
