@@ -79,9 +79,10 @@ class Pools:
 class Flow:
     """Rows a block of features, a window of scoring and a part of scores, calls in flight an actor, and bytes of Ray's blocks.
 
-    `task_rows` are a read task's, at least. With `workers_may_read` its rows are worth no way through Ray's store before their
-    features are there: both took 102 to 133 us of a core a row of 41 KB in one process, 130 to 150 in two (two cores, four runs).
-    Of the cores' own decoding it would save little, and there each block goes to whichever worker is free.
+    `task_rows` are a read task's, at least. With `workers_may_read` feature workers may read their rows themselves, which then
+    take no way through Ray's store before their features are there: reading and features took 102 to 133 us of a core a row of
+    41 KB that way, 130 to 150 the other (two cores, four runs). Beside decoding on the cores that is little, and each block goes
+    to whichever worker is free.
     """
 
     block_rows: int
