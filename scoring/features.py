@@ -388,7 +388,7 @@ def _with_encoded(
     if own[~is_encoded].any() or pc.max(pc.binary_length(others)).as_py():
         contents = pc.if_else(pa.array(is_encoded), contents, others)
     else:
-        # The others have no image at all. A copy of all bytes, only to leave nulls out, is a seventh of the work.
+        # The others have no image at all. A copy of all bytes, only to leave nulls out, was an eighth of the work.
         contents = pa.chunked_array([_without_nulls(chunk) for chunk in contents.chunks], contents.type)
     return {
         **arrays,

@@ -456,6 +456,13 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     source = ShardSource(plan.inputs, plan.config.input.csv, attempt, flow.block_rows, flow.task_rows, plan.done)
     # Ray joins the two stages where they ask for the same, and the second takes blocks as they come.
     is_one = flow.workers_read(pools, source.num_tasks)
+    if flow.workers_may_read:
+        readers = (
+            "feature workers themselves"
+            if is_one
+            else f"tasks of their own, too few ({source.num_tasks}) to be the workers'"
+        )
+        logger.info("run %s: rows are read by %s", plan.run.run_id, readers)
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=source.num_tasks,

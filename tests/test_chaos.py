@@ -20,6 +20,10 @@ from tests.predictors import Predictor
 pytestmark = pytest.mark.timeout(7200)
 
 
+RunParts = Callable[..., Mapping[str, Any]]
+StartChaos = Callable[..., chaos.Chaos]
+
+
 @pytest.fixture
 def run_parts(
     ray_head: RayHead,
@@ -40,7 +44,18 @@ def run_parts(
     return run
 
 
-RunParts = Callable[..., Mapping[str, Any]]
+@pytest.fixture
+def start_chaos(run_parts: RunParts, zoo: Mapping[str, Predictor], zoo_root: Path, tmp_path: Path) -> StartChaos:
+    """4,000 rows in so many files before the formula, on the session's Ray; any share of them may be bad."""
+
+    def start(num_files: int, **changes: Any) -> chaos.Chaos:
+        predictor = zoo["ft_transformer"]
+        rows = pq.read_table(predictor.rows).replace_schema_metadata(None)
+        files = chaos.write_rows(rows, tmp_path / "data", 4_000, num_files)
+        settings = ("quarantine.max_fraction=1",)
+        return chaos.Chaos(tmp_path, predictor.path, zoo_root / predictors.CACHE, files, settings=settings, **changes)
+
+    return start
 
 
 def test_two_drivers_killed_in_turn(run_parts: RunParts) -> None:
@@ -49,21 +64,9 @@ def test_two_drivers_killed_in_turn(run_parts: RunParts) -> None:
     assert len(found["killed_at"]) == 1, "the first before its first rows"
 
 
-def test_poison_rows_cost_themselves_alone(
-    ray_head: RayHead,
-    zoo: Mapping[str, Predictor],
-    zoo_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_poison_rows_cost_themselves_alone(start_chaos: StartChaos) -> None:
     """One row in 1,000 raises, one crashes its process, one never returns, also in a feature worker: the others are scored."""
-    monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
-    predictor = zoo["ft_transformer"]
-    rows = pq.read_table(predictor.rows).replace_schema_metadata(None)
-    files = chaos.write_rows(rows, tmp_path / "data", 4_000, 2)
-    run = chaos.Chaos(
-        tmp_path, predictor.path, zoo_root / predictors.CACHE, files, settings=("quarantine.max_fraction=1",)
-    )
+    run = start_chaos(2)
     output = run.output()
     poison: dict[str, dict[str, str]] = {"score": {}, "features": {}}
     poison["score"] |= {"0000.parquet:500": "raise", "0000.parquet:1500": "raise", "0001.parquet:500": "raise"}
@@ -90,19 +93,8 @@ def test_workers_that_read_their_rows_lose_none_when_they_are_killed(run_parts: 
     assert found["kills"] == 1
 
 
-def test_poison_rows_of_workers_that_read_cost_themselves_alone(
-    ray_head: RayHead,
-    zoo: Mapping[str, Predictor],
-    zoo_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
-    predictor = zoo["ft_transformer"]
-    rows = pq.read_table(predictor.rows).replace_schema_metadata(None)
-    files = chaos.write_rows(rows, tmp_path / "data", 4_000, 8)
-    cache, settings = zoo_root / predictors.CACHE, ("quarantine.max_fraction=1",)
-    run = chaos.Chaos(tmp_path, predictor.path, cache, files, settings=settings, workers_read=True)
+def test_poison_rows_of_workers_that_read_cost_themselves_alone(start_chaos: StartChaos) -> None:
+    run = start_chaos(8, workers_read=True)
     output = run.output()
     poison = {"0003.parquet:7": "raise", "0005.parquet:400": "crash"}
     Path(f"{output}.poison.json").write_text(json.dumps({"features": poison}))
