@@ -157,7 +157,8 @@ def score_obviously(inputs: str, predictor: str, output: str) -> Entry:
     import torch
     from ray.data import ActorPoolStrategy
 
-    ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    # Its workers' bars would follow the document on standard output.
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     ray.data.read_parquet(inputs).map_batches(
         PredictProba,
         fn_constructor_args=(predictor,),

@@ -367,7 +367,7 @@ class ScoringActor:
         sample = told["sample"] and ray.get(told["sample"])
         reference = told["reference"] and partial(ray.get, told["reference"])
         _wait_for(told["built"])
-        names = ("num_threads", "decode", "decisions", "rows_left", "journal")
+        names = ("num_threads", "decode", "decisions", "rows_left", "journal", "flow")
         setup = ActorSetup(actor, sample=sample, reference=reference, **{name: told[name] for name in names})
         # Two threads that import the same packages may each see half of one.
         waited_s = time.perf_counter() - start
@@ -513,6 +513,7 @@ def score_features(
                 "decisions": attempt.decisions_uri,
                 "journal": attempt.journal_uri("score"),
                 "rows_left": plan.inputs.estimated_rows // pools.scoring_actors,
+                "flow": flow,
             },
         },
         batch_size=flow.window_rows,

@@ -40,6 +40,7 @@ from scoring.poison import Rows, Verdict
 from scoring.predictor import LazyPredictor
 from scoring.reference import upstream_scores
 from scoring.sample import Sample
+from scoring.sizing import Flow, windows_that_fit
 from scoring.spec import FeatureSpec
 from scoring.staging import Batch, Staged, Staging
 from scoring.storage import join, write_bytes
@@ -61,7 +62,8 @@ class ActorSetup:
     computes them), `decode` says how images come. `decisions` is the folder of the run's
     decisions, one a kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score,
     about. `journal` is the folder of the scoring actors' journal (None: a row that kills the process kills the run), and
-    `timeout_s` the longest that a window may take to be staged, and then to be scored.
+    `timeout_s` the longest that a window may take to be staged, and then to be scored. `flow` says how many windows come at
+    once, of how many rows (None: as many as come are taken).
     """
 
     actor: str
@@ -73,6 +75,7 @@ class ActorSetup:
     rows_left: int | None = None
     journal: str | None = None
     timeout_s: float = TIMEOUT_S
+    flow: Flow | None = None
 
 
 class Scorer:
@@ -110,6 +113,7 @@ class Scorer:
         self._witness = self._call_witness(setup, config.parity.max_abs_diff)
         self._forward = Forward(self._engine, self._staging, max(1, len(spec.class_labels)))
         self._lock = threading.Lock()
+        self._windows = _count_windows(spec, setup.flow) if on_gpu and setup.flow is not None else None
         journal = Journal(setup.journal, timeout_s=setup.timeout_s) if setup.journal is not None else None
         self._guard = Guard(self._score, Stage.SCORE, journal)
         self.meter = Meter(setup.actor, self._engine.provider)
@@ -163,6 +167,10 @@ class Scorer:
         return self._guard(table)
 
     def _score(self, table: pa.Table) -> pa.Table:
+        with self._window():
+            return self._score_window(table)
+
+    def _score_window(self, table: pa.Table) -> pa.Table:
         staged = self._staging.stage(table)
         with self.meter.batch(table.num_rows, staged.seconds):
             rows, logits, bad, engine = self._run(staged)
@@ -175,6 +183,19 @@ class Scorer:
         for column, values in zip(score_fields(self._spec), self._outputs.columns(logits), strict=True):
             scored = scored.append_column(column, _scatter(values, rows, table.num_rows, column.type))
         return scored.append_column(ENGINE_COLUMN, pa.repeat(engine, table.num_rows))
+
+    @contextmanager
+    def _window(self) -> Iterator[None]:
+        """A place in the GPU's memory; the wait for it is not held against a window's rows."""
+        if self._windows is None:
+            yield
+            return
+        with self._guard.paused():
+            self._windows.acquire()
+        try:
+            yield
+        finally:
+            self._windows.release()
 
     def _check(self, table: pa.Table, rows: Rows, logits: Logits, engine: str) -> None:
         if self._witness is None:
@@ -220,6 +241,20 @@ class Scorer:
         logger.info(self.meter.describe() + " final=true")
         self._guard.close()
         self._engine.close()
+
+
+def _count_windows(spec: FeatureSpec, flow: Flow) -> threading.Semaphore:
+    """Places for as many windows as the GPU's memory holds."""
+    import torch
+
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    count = windows_that_fit(flow, spec, gpu_bytes)
+    if count < flow.calls:
+        logger.info(
+            "score: %d windows of %d rows at once, not %d: the GPU has %.0f GB of memory",
+            *(count, flow.window_rows, flow.calls, gpu_bytes / 1e9),
+        )
+    return threading.Semaphore(count)
 
 
 def _decide(request: EngineRequest, setup: ActorSetup) -> tuple[Engine, EngineDecision]:

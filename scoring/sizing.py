@@ -15,12 +15,11 @@ _MIB = 2**20
 # Reads and writes are short and mostly wait for storage; a whole CPU each would starve the pools on small machines.
 IO_CPUS = 0.25
 
-# Seconds of a core a row on an H100's host: reading, tokens and columns (0.22 and 0.26 ms on two of them) and the way to the
-# actor; decoding one JPEG of 34 KB to a frame and shipping that.
-_ROW_CPU_S, _DECODE_CPU_S = 0.3e-3, 3.2e-3
-# Images a second of an H100's JPEG engines, decoded, resized and staged (37,000 decoded alone), and the cores that a scoring
-# actor is busy with.
-_HARDWARE_RATE, _STAGING_CORES = 35_000.0, 4
+# Seconds of a core a row on an H100's host: reading, tokens and columns by a feature worker; decoding one JPEG of 34 KB to a
+# frame and shipping that.
+_ROW_CPU_S, _DECODE_CPU_S = 0.22e-3, 3.2e-3
+# Images a second of an H100's JPEG engines, decoded, resized and staged, and the cores that a scoring actor is busy with.
+_HARDWARE_RATE, _STAGING_CORES = 50_000.0, 5
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,12 @@ _BLOCK_SLACK = 1.4  # Ray cuts blocks of 1.5 times the size that they are closed
 # has some of them, so that all end at about the same time.
 _TASK_ROWS, _TASKS_A_WORKER = 10_000, 4
 _PLAIN = _Size(4_096, 8_192, 2)
-# One window in the forward, two at the decoders, one being copied and cut. On an H100 six gave 18,600 rows/s in one process and
-# four 23,300: each launch of the forward waits for its turn at the driver.
-_GPU_CALLS = 4
+# One window in the forward, the others at the decoders or being copied and cut. On an H100 with the compiled engine four gave
+# 31,500 rows/s and six 39,400; in one process without Ray four 37,100, five 41,000, six 41,700 and eight 37,600.
+_GPU_CALLS = 6
+# An H100's memory with four windows of 8,192 photographs in flight was 21 GB, with six 26: each takes what its pixels take and
+# as much again for frames and the decoder, beside the engine. What a GPU of 24 GB is left with is the driver's.
+_ENGINE_BYTES, _WINDOW_COPIES, _USABLE = 10e9, 2.2, 0.95
 # On the CPU. Without images rows are narrow, and a block is what a killed driver loses: 16 MiB of them were 20,000 rows.
 _CPU_IMAGE_BYTES, _CPU_PLAIN_BYTES = 16 * _MIB, _MIB // 4
 _CPU_ROWS = 256
@@ -212,6 +214,15 @@ def size_flow(
     # A few windows at least, so that one is prepared while another is scored.
     window = max(block, config.batch.rows or 0, min(size.window_rows, rows // 4))
     return Flow(block, window, _GPU_PART_ROWS, _GPU_CALLS, size.block_mib * _MIB, task, ships_files)
+
+
+def windows_that_fit(flow: Flow, spec: FeatureSpec, gpu_bytes: int) -> int:
+    """How many windows a GPU of so much memory holds at once, of the flow's calls; one at least."""
+    pixels = max((model.size**2 * 3 * model.max_images for model in spec.image_models), default=0) if spec.image else 0
+    if not pixels:
+        return flow.calls
+    room = (_USABLE * gpu_bytes - _ENGINE_BYTES) / (_WINDOW_COPIES * flow.window_rows * pixels)
+    return max(1, min(flow.calls, int(room)))
 
 
 def _rows_a_block(size: _Size, row_bytes: float) -> int:

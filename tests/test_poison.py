@@ -4,7 +4,10 @@ Scores are formulas of the row; the engine is a stub. Rows that end the process 
 """
 
 import math
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -354,6 +357,28 @@ def test_a_clean_window_is_submitted_once_a_batch_and_nothing_else(
     scored = scorer_with(engine, tmp_path, monkeypatch).score(features_table(200))
     assert bad_rows(scored, 200) == {}
     assert (engine.submitted, engine.forwarded) == ([64, 64, 64, 8], [])
+
+
+def test_no_more_windows_are_prepared_at_once_than_the_gpus_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = scorer_with(StubEngine(), tmp_path, monkeypatch)
+    subject._windows = threading.Semaphore(2)
+    stage, inside, most = subject._staging.stage, [], []
+
+    def staged(table: pa.Table) -> Any:
+        inside.append(table)
+        most.append(len(inside))
+        time.sleep(0.05)
+        found = stage(table)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(subject._staging, "stage", staged)
+    with ThreadPoolExecutor(6) as pool:
+        windows = list(pool.map(subject.score, [features_table(50)] * 12))
+    assert [bad_rows(window, 50) for window in windows] == [{}] * 12
+    assert max(most) == 2
 
 
 def test_a_row_that_the_engine_raises_on_costs_two_calls_a_halving_of_its_batch(

@@ -9,7 +9,7 @@ import pytest
 from jobs.score import usable_cpus
 from scoring.config import ScoreConfig, load_config
 from scoring.decoding import DecodePlan
-from scoring.sizing import IO_CPUS, Pools, cpu_share, plan_decode, size_flow, size_pools
+from scoring.sizing import IO_CPUS, Pools, cpu_share, plan_decode, size_flow, size_pools, windows_that_fit
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
 
 H100: Mapping[str, float] = {"CPU": 16.0, "GPU": 1.0}
@@ -103,6 +103,17 @@ def test_a_small_run_is_cut_into_blocks_for_every_worker(tmp_path: Path) -> None
     large = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6)
     assert (large.block_rows, large.window_rows) == (512, 8192)
     assert size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6).block_rows == 4096
+
+
+def test_a_smaller_gpu_has_fewer_windows_in_flight(tmp_path: Path) -> None:
+    pools = size_pools(config(tmp_path), [H100])
+    flow = size_flow(config(tmp_path), SPEC, pools, DecodePlan("gpu"), 10**6)
+    assert flow.calls == 6
+    counts = [windows_that_fit(flow, SPEC, round(gigabytes * 1e9)) for gigabytes in (8, 16, 24, 40, 80)]
+    assert counts == [1, 1, 4, 6, 6]
+    larger = replace(SPEC, image_models=(replace(IMAGE, size=384),))
+    assert windows_that_fit(flow, larger, round(40e9)) < 6
+    assert windows_that_fit(size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6), PLAIN, 8 * 10**9) == 6
 
 
 @pytest.mark.parametrize("row_bytes", [3_000.0, 41_000.0, 90_000.0, 200_000.0, 2e6])
