@@ -3,10 +3,12 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from scoring.collate import cut
+from scoring.collate import collate, cut, micro_batches
 from scoring.engines.base import Shapes, alike
+from scoring.spec import FeatureSpec, ImageColumn, ImageModel, TextColumn, TextModel
 
 SHAPES = Shapes((32, 64, 128, 256, 512), (32, 48, 64, 96, 128, 192, 256, 384, 512))
 BUDGET = 512 * 128
@@ -57,6 +59,42 @@ def test_a_budget_below_the_smallest_shape_does_not_pad_single_rows_to_it() -> N
 def test_without_texts_rows_are_cut_at_the_largest_batch() -> None:
     shapes = Shapes((64, 128), ())
     assert list(cut(np.zeros(300, dtype=np.int64), 128, shapes, None)) == [(0, 128), (128, 256), (256, 300)]
+
+
+def features(rows: int, chunk_rows: int) -> pa.Table:
+    """A window as feature workers leave it, in chunks: texts, numbers and at most one image of 2 x 2 a row."""
+    random = np.random.default_rng(rows)
+    ids = [random.integers(1, 99, random.integers(2, 60)).tolist() for _ in range(rows)]
+    has_image = random.integers(0, 2, rows)
+    table = pa.table(
+        {
+            "source_row": pa.array(range(rows)),
+            "message": pa.array([None] * rows, pa.string()),
+            "feat:text:token_ids": pa.array(ids, pa.list_(pa.int32())),
+            "feat:text:segment_ids": pa.array([[1] * len(row) for row in ids], pa.list_(pa.int32())),
+            "feat:numerical": pa.FixedSizeListArray.from_arrays(pa.array(random.random(2 * rows), pa.float32()), 2),
+            "feat:image:pixels": pa.array([random.bytes(12) if has else b"" for has in has_image], pa.large_binary()),
+            "feat:image:valid_num": pa.array(has_image, pa.int32()),
+            "feat:image:zero_num": pa.array(1 - has_image, pa.int32()),
+        }
+    )
+    return pa.concat_tables([table.slice(start, chunk_rows) for start in range(0, rows, chunk_rows)])
+
+
+def test_a_batch_holds_what_its_rows_alone_come_to() -> None:
+    text = TextModel("text", "", 1, 2, 2, 0, 64, False, 1, False)
+    image = ImageModel("image", 2, (0.5,) * 3, (0.5,) * 3, ("resize_to_square",), 1)
+    columns = (TextColumn("t"),), (ImageColumn("i", "image_path"),)
+    spec = FeatureSpec("y", "binary", (0, 1), (), (), *columns, (), (), (text,), (image,), False)
+    table = features(500, 37)
+    seen: list[int] = []
+    for places, arrays in micro_batches(table, spec, 64, None):
+        alone = collate(table.take(pa.array(places)), spec)
+        assert arrays.keys() == alone.keys()
+        assert all(np.array_equal(arrays[name], alone[name]) for name in alone)
+        assert {"numerical", "text:token_ids", "image:pixels"} <= arrays.keys()
+        seen += places.tolist()
+    assert sorted(seen) == list(range(500))
 
 
 def text_and_images(tokens: list[int], images: list[int]) -> dict[str, np.ndarray[Any, Any]]:
