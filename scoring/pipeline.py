@@ -367,7 +367,7 @@ class ScoringActor:
         sample = told["sample"] and ray.get(told["sample"])
         reference = told["reference"] and partial(ray.get, told["reference"])
         _wait_for(told["built"])
-        names = ("num_threads", "decode", "decisions", "rows_left", "journal", "flow")
+        names = ("num_threads", "decode", "decisions", "rows_left", "journal", "flow", "gpu_share")
         setup = ActorSetup(actor, sample=sample, reference=reference, **{name: told[name] for name in names})
         # Two threads that import the same packages may each see half of one.
         waited_s = time.perf_counter() - start
@@ -514,6 +514,7 @@ def score_features(
                 "journal": attempt.journal_uri("score"),
                 "rows_left": plan.inputs.estimated_rows // pools.scoring_actors,
                 "flow": flow,
+                "gpu_share": pools.gpus_per_actor,
             },
         },
         batch_size=flow.window_rows,

@@ -63,7 +63,7 @@ class ActorSetup:
     decisions, one a kind of device (None: this actor decides for itself). `rows_left` is what one such actor has to score,
     about. `journal` is the folder of the scoring actors' journal (None: a row that kills the process kills the run), and
     `timeout_s` the longest that a window may take to be staged, and then to be scored. `flow` says how many windows come at
-    once, of how many rows (None: as many as come are taken).
+    once, of how many rows (None: as many as come are taken), and `gpu_share` how much of a GPU's memory is theirs.
     """
 
     actor: str
@@ -76,6 +76,7 @@ class ActorSetup:
     journal: str | None = None
     timeout_s: float = TIMEOUT_S
     flow: Flow | None = None
+    gpu_share: float = 1.0
 
 
 class Scorer:
@@ -113,7 +114,7 @@ class Scorer:
         self._witness = self._call_witness(setup, config.parity.max_abs_diff)
         self._forward = Forward(self._engine, self._staging, max(1, len(spec.class_labels)))
         self._lock = threading.Lock()
-        self._windows = _count_windows(spec, setup.flow) if on_gpu and setup.flow is not None else None
+        self._windows = _count_windows(spec, setup.flow, setup.gpu_share) if on_gpu and setup.flow else None
         journal = Journal(setup.journal, timeout_s=setup.timeout_s) if setup.journal is not None else None
         self._guard = Guard(self._score, Stage.SCORE, journal)
         self.meter = Meter(setup.actor, self._engine.provider)
@@ -243,15 +244,15 @@ class Scorer:
         self._engine.close()
 
 
-def _count_windows(spec: FeatureSpec, flow: Flow) -> threading.Semaphore:
-    """Places for as many windows as the GPU's memory holds."""
+def _count_windows(spec: FeatureSpec, flow: Flow, share: float) -> threading.Semaphore:
+    """Places for as many windows as this actor's share of the GPU's memory holds."""
     import torch
 
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    gpu_bytes = round(min(1.0, share) * torch.cuda.get_device_properties(0).total_memory)
     count = windows_that_fit(flow, spec, gpu_bytes)
     if count < flow.calls:
         logger.info(
-            "score: %d windows of %d rows at once, not %d: the GPU has %.0f GB of memory",
+            "score: %d windows of %d rows at once, not %d: of the GPU's memory %.0f GB are this actor's",
             *(count, flow.window_rows, flow.calls, gpu_bytes / 1e9),
         )
     return threading.Semaphore(count)

@@ -52,7 +52,7 @@ _PLAIN = _Size(4_096, 8_192, 2)
 # 31,500 rows/s and six 39,400; in one process without Ray four 37,100, five 41,000, six 41,700 and eight 37,600.
 _GPU_CALLS = 6
 # Of an H100's memory one window of 8,192 photographs in flight took 8 GB, four 21 and six 26: three times what its pixels take
-# for each, beside an engine. What a GPU of 24 GB is left with is the driver's.
+# for each, beside an engine. The driver keeps some to itself.
 _ENGINE_BYTES, _WINDOW_COPIES, _USABLE = 5e9, 3.2, 0.95
 # On the CPU. Without images rows are narrow, and a block is what a killed driver loses: 16 MiB of them were 20,000 rows.
 _CPU_IMAGE_BYTES, _CPU_PLAIN_BYTES = 16 * _MIB, _MIB // 4
