@@ -412,15 +412,16 @@ def test_preparation_alone_takes_no_more_rows_than_it_needs(tmp_path: Path, monk
 
     monkeypatch.setattr(bench_limits, "measure_feature_limit", measure)
     monkeypatch.setattr(bench_pipeline, "_PREPARED_ROWS", 2 * GROUP_ROWS)
+    monkeypatch.setattr(bench_pipeline, "_GPU_PREPARED_ROWS", 4 * GROUP_ROWS)
     parts = {"D-exact": GOOD, "D-gpu": GOOD}
     bench = Bench(Request(tmp_path, None, rows=8 * GROUP_ROWS), {"device": "cpu"}, parts, lambda *_: None)
     bench.__dict__["seed_predictor"] = tmp_path / "predictor"
     bench.__dict__["seed_cut"] = make_cut(tmp_path / "cut", Recipe(rows=GROUP_ROWS, images="none"))
     entry = bench_pipeline.PARTS["P"](bench)
     assert [dict(job.settings) for job in seen] == [{"images.decode": "exact"}, {"images.decode": "gpu"}]
-    for job in seen:
+    for job, groups in zip(seen, (2, 4), strict=True):
         files = [file for folder in job.inputs for file in folder.iterdir()]
-        assert job.rows == sum(pq.read_metadata(file).num_rows for file in files) == 2 * GROUP_ROWS
+        assert job.rows == sum(pq.read_metadata(file).num_rows for file in files) == groups * GROUP_ROWS
     assert entry["rows_per_s"] == 20.0
     assert entry["by_decode"]["exact"]["rows_per_s"] == 10.0
 
