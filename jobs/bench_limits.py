@@ -84,12 +84,13 @@ def count_steps(rows: "pd.DataFrame", spec: Any, shapes: Any) -> Counter[int]:
     """How many rows are padded to each token step; all of them to 0 without text."""
     if not spec.text:
         return Counter({0: len(rows)})
-    from scoring.features import TokenSequences
+    import pyarrow as pa
 
-    texts = {column.name: rows[column.name].fillna("").astype(str).tolist() for column in spec.text}
-    columns = [TokenSequences(model).build(texts)[0] for model in spec.text_models]
-    longest = [max(len(ids) for ids in row) for row in zip(*columns, strict=True)]
-    return Counter(shapes.fit(1, length)[1] for length in longest)
+    from scoring.sequences import TokenSequences
+
+    texts = {column.name: pa.array(rows[column.name].fillna("").astype(str), pa.large_string()) for column in spec.text}
+    columns = [TokenSequences(model).build(texts)[0].counts.tolist() for model in spec.text_models]
+    return Counter(shapes.fit(1, max(lengths))[1] for lengths in zip(*columns, strict=True))
 
 
 def _forward_rate(engine: Any, request: Any, tokens: int, *, quick: bool) -> dict[str, float]:

@@ -13,8 +13,6 @@ each image) say what that is.
 """
 
 import logging
-from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,10 @@ from scoring.columns import MODEL_PREFIX, SOURCE_ROW, mark_rows
 from scoring.decoding import ENCODED, PIXELS, DecodePlan, Prepared, find_encoded, prepare
 from scoring.errors import Reason, Stage
 from scoring.images import BadImageError, ImageFetcher, Reference, split_references
-from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn, TextModel
+from scoring.ragged import Ragged
+from scoring.sequences import TokenSequences
+from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn
 from scoring.storage import redact
-from scoring.words import WordTokenizer, splits_into_words
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +101,8 @@ class FeatureBuilder:
         arrays: dict[str, pa.Array] = {}
         for sequences in self._tokenizers:
             token_ids, segment_ids = sequences.build(texts)
-            arrays[feature_name(sequences.model.prefix, "token_ids")] = _ragged(token_ids)
-            arrays[feature_name(sequences.model.prefix, "segment_ids")] = _ragged(segment_ids)
+            arrays[feature_name(sequences.model.prefix, "token_ids")] = token_ids.to_arrow()
+            arrays[feature_name(sequences.model.prefix, "segment_ids")] = segment_ids.to_arrow()
         return arrays
 
     def _images(
@@ -240,115 +239,28 @@ def encode_categories(values: pa.ChunkedArray, column: CategoricalColumn) -> Int
     return encoded
 
 
-def write_text(values: pa.ChunkedArray, column: TextColumn) -> list[str]:
+def write_text(values: pa.ChunkedArray, column: TextColumn) -> pa.LargeStringArray:
     """The text upstream feeds the tokenizer: null is empty; categories and numbers are written out by its templates."""
     if column.origin == "numerical":
-        return [f"{float('nan') if value is None else value:.3f}" for value in values.to_pylist()]
-    texts: list[str] = pc.fill_null(values, "").to_pylist()
+        numbers = [f"{float('nan') if value is None else value:.3f}" for value in values.to_pylist()]
+        return pa.array(numbers, pa.large_string())
+    texts = pc.fill_null(values, "").cast(pa.large_string()).combine_chunks()
     if column.origin == "text" or column.template == "direct":
         return texts
     frames = {"list": f"{column.name}: {{}}", "text": f"{column.name} is {{}}", "latex": "{} & "}
     present = pc.is_valid(values).to_pylist()
     # replace, not format: a column name or a value may hold braces.
-    return [
-        frames[column.template].replace("{}", text) if valid else "" for text, valid in zip(texts, present, strict=True)
+    frame = frames[column.template]
+    written = [
+        frame.replace("{}", text) if valid else "" for text, valid in zip(texts.to_pylist(), present, strict=True)
     ]
-
-
-class TokenSequences:
-    """Builds one model's token sequence a row, equal to upstream's TextProcessor, tokenising a batch at a time."""
-
-    def __init__(self, model: TextModel) -> None:
-        from tokenizers import Tokenizer
-
-        self.model = model
-        self._tokenizer = Tokenizer.from_str(model.tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._words = WordTokenizer(self._tokenizer) if splits_into_words(model.tokenizer_json) else None
-
-    def build(self, texts: dict[str, list[str]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Texts by column, each n long -> n token id lists and n segment id lists, at most `max_len` long."""
-        columns = [self._encode(column) for column in texts.values()]
-        sequences = [self._sequence(fields) for fields in zip(*columns, strict=True)]
-        return [tokens for tokens, _ in sequences], [segments for _, segments in sequences]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        if self.model.normalize:
-            texts = [normalize_text(text) for text in texts]
-        if self._words is not None:
-            return self._words.encode(texts)
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _sequence(self, fields: Sequence[list[int]]) -> tuple[list[int], list[int]]:
-        model = self.model
-        budget = model.max_len - (len(fields) + 1 if model.insert_sep else 2) + (1 if model.eos_only else 0)
-        tokens = [] if model.eos_only else [model.cls_id]
-        # Upstream starts the segments with one entry even where there is no CLS token; kept, so that they are equal.
-        segments = [0]
-        segment = 0
-        for field, length in zip(fields, trim_lengths([len(field) for field in fields], budget), strict=True):
-            tokens.extend(field[:length])
-            segments.extend([segment] * length)
-            if model.insert_sep:
-                tokens.append(model.sep_id)
-                segments.append(segment)
-            segment = (segment + 1) % model.segment_num
-        if not tokens or tokens[-1] != model.eos_id:
-            tokens.append(model.eos_id)
-            segments.append(segment)
-        return tokens, segments
-
-
-def trim_lengths(lengths: list[int], budget: int) -> list[int]:
-    """Cut the longest fields first until their sum is `budget` (TextProcessor.get_trimmed_lengths, do_merge=True)."""
-    if sum(lengths) <= budget:
-        return lengths
-    trimmed = [0] * len(lengths)
-    while (remainder := budget - sum(trimmed)) > 0:
-        open_fields = [i for i, length in enumerate(lengths) if length > trimmed[i]]
-        if remainder < len(open_fields):
-            for i in open_fields[:remainder]:
-                trimmed[i] += 1
-            break
-        step = min(min(lengths[i] - trimmed[i] for i in open_fields), remainder // len(open_fields))
-        for i in open_fields:
-            trimmed[i] += step
-    return trimmed
-
-
-def normalize_text(text: str) -> str:
-    """Upstream's `data.text.normalize_text`: repair mixed utf-8 and cp1252, then transliterate to ASCII."""
-    import codecs
-
-    from text_unidecode import unidecode
-
-    def as_utf8(error: UnicodeError) -> tuple[bytes, int]:
-        assert isinstance(error, UnicodeEncodeError)
-        return error.object[error.start : error.end].encode("utf-8"), error.end
-
-    def as_cp1252(error: UnicodeError) -> tuple[str, int]:
-        assert isinstance(error, UnicodeDecodeError)
-        return error.object[error.start : error.end].decode("cp1252"), error.end
-
-    codecs.register_error("scoring_utf8", as_utf8)
-    codecs.register_error("scoring_cp1252", as_cp1252)
-    repaired = text.encode("raw_unicode_escape").decode("utf-8", errors="scoring_cp1252")
-    repaired = repaired.encode("cp1252", errors="scoring_utf8").decode("utf-8", errors="scoring_cp1252")
-    return str(unidecode(repaired))
+    return pa.array(written, pa.large_string())
 
 
 def _fixed_lists(columns: list[npt.NDArray[Any]]) -> pa.Array:
     """k arrays (n,) -> one fixed-size list array of n lists of k."""
     flat = np.ascontiguousarray(np.stack(columns, axis=1)).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), len(columns))
-
-
-def _ragged(rows: list[list[int]]) -> pa.Array:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
 def _pixel_columns(model: ImageModel, rows: list[ModelImages]) -> dict[str, pa.Array]:
@@ -365,7 +277,7 @@ def _form_columns(model: ImageModel, rows: list[ModelImages]) -> dict[str, pa.Ar
     sizes = [[size for image in valid for size in (image.width, image.height, len(image.content))] for valid, _ in rows]
     return {
         feature_name(model.prefix, "form"): pa.array(forms, type=pa.int8()),
-        feature_name(model.prefix, "sizes"): _ragged(sizes),
+        feature_name(model.prefix, "sizes"): Ragged.of(sizes).to_arrow(),
     }
 
 

@@ -5,8 +5,13 @@ nearly all were seen before; looking them up takes 6.
 """
 
 import json
-from itertools import chain
 from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scoring.ragged import Ragged, spans
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,19 +43,28 @@ class WordTokenizer:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: pa.LargeStringArray) -> Ragged:
         """As the tokenizer's `encode_batch_fast(texts, add_special_tokens=False)`."""
         # At the space alone: what else is white space, and what of it is dropped, is the tokenizer's to say.
-        split = [text.split(" ") for text in texts]
-        new = {word for words in split for word in words if word not in self._known}
+        split = pc.split_pattern(texts, " ")
+        encoded = split.flatten().dictionary_encode()
+        ids = Ragged.of(self._look_up(encoded.dictionary.to_pylist()))
+        words = encoded.indices.to_numpy()
+        counts = ids.counts[words]
+        values = ids.values[spans(ids.starts[words], counts)]
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        return Ragged(values, np.diff(ends[split.offsets.to_numpy()]))
+
+    def _look_up(self, words: list[str]) -> list[list[int]]:
+        """The ids of words that differ."""
+        new = [word for word in words if word not in self._known]
         if len(self._known) + len(new) > _MAX_WORDS:
             self._known.clear()
-            new = {word for words in split for word in words}
-        ordered = list(new)
-        encodings = self._tokenizer.encode_batch_fast(ordered, add_special_tokens=False)
-        self._known.update((word, encoding.ids) for word, encoding in zip(ordered, encodings, strict=True))
-        found = [list(chain.from_iterable(map(self._known.__getitem__, words))) for words in split]
-        for word in ordered:
+            new = words
+        encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        self._known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
+        found = [self._known[word] for word in words]
+        for word in new:
             if len(word) > _MAX_CHARS:
                 del self._known[word]
         return found

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from scoring.config import ImagesConfig
-from scoring.features import FeatureBuilder, trim_lengths
+from scoring.features import FeatureBuilder
 from scoring.images import ImageFetcher
 from scoring.predictor import hash_predictor, load_spec
+from scoring.sequences import trim_lengths
 from scoring.spec import FeatureSpec
 from tests import predictors
 from tests.predictors import Predictor

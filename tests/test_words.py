@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -72,6 +73,11 @@ texts = st.lists(
 ).map("".join)
 
 
+def ids_of(subject: WordTokenizer, batch: list[str]) -> list[list[int]]:
+    found: list[list[int]] = subject.encode(pa.array(batch, pa.large_string())).to_arrow().to_pylist()
+    return found
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(batches=st.lists(st.lists(texts, max_size=4), max_size=3))
 @example(batches=[["a [SEP]b", " ab  ab ", "ab\u0301 a", "", " "], ["[MASK] [SEP]", "b- ab-"]])
@@ -81,7 +87,7 @@ def test_ids_are_those_of_the_whole_text(name: str, batches: list[list[str]]) ->
     subject = WordTokenizer(whole)
     for batch in batches:
         wanted = [encoding.ids for encoding in whole.encode_batch_fast(batch, add_special_tokens=False)]
-        assert subject.encode(batch) == wanted
+        assert ids_of(subject, batch) == wanted
 
 
 def test_a_word_is_tokenised_once_and_the_cache_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +103,7 @@ def test_a_word_is_tokenised_once_and_the_cache_stays_small(monkeypatch: pytest.
     long = "ab" * 40
     for batch in (["a b", "b a"], ["ab b " + long], [long], ["1 . - a b"]):
         wanted = [encoding.ids for encoding in TOKENIZERS["uncased"].encode_batch_fast(batch, add_special_tokens=False)]
-        assert subject.encode(batch) == wanted
+        assert ids_of(subject, batch) == wanted
     assert asked == [["a", "b"], ["ab", long], [long], ["-", ".", "1", "a", "b"]]
 
 
