@@ -89,7 +89,7 @@ def count_steps(rows: "pd.DataFrame", spec: Any, shapes: Any) -> Counter[int]:
     from scoring.sequences import TokenSequences
 
     texts = {column.name: pa.array(rows[column.name].fillna("").astype(str), pa.large_string()) for column in spec.text}
-    columns = [TokenSequences(model).build(texts)[0].counts.tolist() for model in spec.text_models]
+    columns = [TokenSequences(model).build(texts)[0].value_lengths().to_pylist() for model in spec.text_models]
     return Counter(shapes.fit(1, max(lengths))[1] for lengths in zip(*columns, strict=True))
 
 

@@ -36,7 +36,7 @@ def micro_batches(
     lengths = token_counts(table, spec)
     order = np.argsort(lengths, kind="stable")
     # Taken once: a batch at a time, with all columns and of as many chunks as the table has, 8,192 rows took 39 ms of a core,
-    # so 19. Images are copied when their batch is due.
+    # so 18. Images are copied when their batch is due.
     pictures = table.select([name for name in table.column_names if name.endswith(_PICTURES)])
     names = [name for name in table.column_names if name.startswith(FEATURE_PREFIX) and not name.endswith(_PICTURES)]
     ordered = table.select(names).combine_chunks().take(pa.array(order))

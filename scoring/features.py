@@ -24,7 +24,6 @@ from scoring.columns import MODEL_PREFIX, SOURCE_ROW, mark_rows
 from scoring.decoding import ENCODED, PIXELS, DecodePlan, Prepared, find_encoded, prepare
 from scoring.errors import Reason, Stage
 from scoring.images import BadImageError, ImageFetcher, Reference, split_references
-from scoring.ragged import Ragged
 from scoring.sequences import TokenSequences
 from scoring.spec import CategoricalColumn, FeatureSpec, ImageModel, NumericalColumn, TextColumn
 from scoring.storage import redact
@@ -101,8 +100,8 @@ class FeatureBuilder:
         arrays: dict[str, pa.Array] = {}
         for sequences in self._tokenizers:
             token_ids, segment_ids = sequences.build(texts)
-            arrays[feature_name(sequences.model.prefix, "token_ids")] = token_ids.to_arrow()
-            arrays[feature_name(sequences.model.prefix, "segment_ids")] = segment_ids.to_arrow()
+            arrays[feature_name(sequences.model.prefix, "token_ids")] = token_ids
+            arrays[feature_name(sequences.model.prefix, "segment_ids")] = segment_ids
         return arrays
 
     def _images(
@@ -277,7 +276,7 @@ def _form_columns(model: ImageModel, rows: list[ModelImages]) -> dict[str, pa.Ar
     sizes = [[size for image in valid for size in (image.width, image.height, len(image.content))] for valid, _ in rows]
     return {
         feature_name(model.prefix, "form"): pa.array(forms, type=pa.int8()),
-        feature_name(model.prefix, "sizes"): Ragged.of(sizes).to_arrow(),
+        feature_name(model.prefix, "sizes"): pa.array(sizes, type=pa.list_(pa.int32())),
     }
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class Scorer:
         return self._guard(table)
 
     def _score(self, table: pa.Table) -> pa.Table:
-        with self._window():
+        with self._holding(self._windows) if self._windows is not None else nullcontext():
             return self._score_window(table)
 
     def _score_window(self, table: pa.Table) -> pa.Table:
@@ -185,19 +185,6 @@ class Scorer:
             scored = scored.append_column(column, _scatter(values, rows, table.num_rows, column.type))
         return scored.append_column(ENGINE_COLUMN, pa.repeat(engine, table.num_rows))
 
-    @contextmanager
-    def _window(self) -> Iterator[None]:
-        """A place in the GPU's memory; the wait for it is not held against a window's rows."""
-        if self._windows is None:
-            yield
-            return
-        with self._guard.paused():
-            self._windows.acquire()
-        try:
-            yield
-        finally:
-            self._windows.release()
-
     def _check(self, table: pa.Table, rows: Rows, logits: Logits, engine: str) -> None:
         if self._witness is None:
             return
@@ -208,7 +195,8 @@ class Scorer:
 
     def _run(self, staged: Staged) -> tuple[Rows, Logits, dict[int, Verdict], str]:
         """Rows, logits and what is wrong with other rows, as `Forward` gives them, and the engine's name."""
-        with self._turn():
+        # One table at a time in the forward.
+        with self._holding(self._lock):
             if isinstance(self._engine, Takeover):
                 self._note(self._engine.settle())
             engine = engine_name(self._engine)
@@ -218,18 +206,18 @@ class Scorer:
         done = submitted.wait()
         if done is not None:
             return *done, {}, engine
-        with self._turn():
+        with self._holding(self._lock):
             return *self._forward.rescue(submitted), engine
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One table at a time in the forward; the wait for it is not held against its rows."""
+    def _holding(self, turns: "threading.Lock | threading.Semaphore") -> Iterator[None]:
+        """A turn of those; the wait for it is not held against the calling thread's rows."""
         with self._guard.paused():
-            self._lock.acquire()
+            turns.acquire()
         try:
             yield
         finally:
-            self._lock.release()
+            turns.release()
 
     def _note(self, rung: Rung | None) -> None:
         """Keep how a compiled engine fared beside the decision, for the manifest."""

@@ -7,11 +7,8 @@ nearly all were seen before; looking them up takes 6.
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from scoring.ragged import Ragged, spans
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,17 +40,15 @@ class WordTokenizer:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
 
-    def encode(self, texts: pa.LargeStringArray) -> Ragged:
-        """As the tokenizer's `encode_batch_fast(texts, add_special_tokens=False)`."""
+    def encode(self, texts: pa.LargeStringArray) -> pa.ListArray:
+        """As the tokenizer's `encode_batch_fast(texts, add_special_tokens=False)`: lists of token ids, int32."""
         # At the space alone: what else is white space, and what of it is dropped, is the tokenizer's to say.
         split = pc.split_pattern(texts, " ")
-        encoded = split.flatten().dictionary_encode()
-        ids = Ragged.of(self._look_up(encoded.dictionary.to_pylist()))
-        words = encoded.indices.to_numpy()
-        counts = ids.counts[words]
-        values = ids.values[spans(ids.starts[words], counts)]
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        return Ragged(values, np.diff(ends[split.offsets.to_numpy()]))
+        words = split.flatten().dictionary_encode()
+        ids = pa.array(self._look_up(words.dictionary.to_pylist()), pa.list_(pa.int32()))
+        by_word = ids.take(words.indices)
+        offsets = by_word.offsets.take(split.offsets)
+        return pa.ListArray.from_arrays(offsets, by_word.flatten())
 
     def _look_up(self, words: list[str]) -> list[list[int]]:
         """The ids of words that differ."""

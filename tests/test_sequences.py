@@ -4,7 +4,6 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scoring.ragged import Ragged
 from scoring.sequences import join_fields, trim_lengths
 from scoring.spec import TextModel
 
@@ -46,13 +45,14 @@ def test_sequences_are_those_of_upstreams_loop(
     rows: list[list[list[int]]], special: tuple[int, int, int], max_len: int, insert_sep: bool, segment_num: int
 ) -> None:
     model = TextModel("text", "", *special, 0, max_len, insert_sep, segment_num, False)
-    columns = [Ragged.of(list(column)) for column in zip(*rows, strict=True)]
+    columns = [pa.array(list(column), pa.list_(pa.int32())) for column in zip(*rows, strict=True)]
     tokens, segments = join_fields(columns, model)
-    assert (tokens.to_arrow().to_pylist(), segments.to_arrow().to_pylist()) == by_rows(rows, model)
-    assert tokens.to_arrow().type == pa.list_(pa.int32())
+    assert (tokens.to_pylist(), segments.to_pylist()) == by_rows(rows, model)
+    assert tokens.type == pa.list_(pa.int32())
 
 
 def test_no_row_has_no_sequence() -> None:
     model = TextModel("text", "", 1, 2, 2, 0, 64, True, 2, False)
-    tokens, segments = join_fields([Ragged.of([]), Ragged.of([])], model)
-    assert (len(tokens.to_arrow()), len(segments.to_arrow())) == (0, 0)
+    none = pa.array([], pa.list_(pa.int32()))
+    tokens, segments = join_fields([none, none], model)
+    assert (len(tokens), len(segments)) == (0, 0)

@@ -74,7 +74,7 @@ texts = st.lists(
 
 
 def ids_of(subject: WordTokenizer, batch: list[str]) -> list[list[int]]:
-    found: list[list[int]] = subject.encode(pa.array(batch, pa.large_string())).to_arrow().to_pylist()
+    found: list[list[int]] = subject.encode(pa.array(batch, pa.large_string())).to_pylist()
     return found
 
 
