@@ -19,7 +19,7 @@ from scoring.decoding import ENCODED, FRAME, PIXELS
 from scoring.features import feature_name
 from scoring.frame_memory import BUFFER_BYTES, FrameMemory, Reached
 from scoring.images import BadImageError, decode_image
-from scoring.resample import Frames, Sizes, resize_frames
+from scoring.resample import OVERREAD, Frames, Sizes, resize_frames
 from scoring.spec import ImageModel
 from scoring.streams import record_event
 
@@ -157,7 +157,7 @@ class ImageStage:
         starts = np.concatenate([[0], ends[:-1]])
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
         assert self._decoder is not None, "encoded images are shipped only where the plan says gpu"
-        with self._frames.lend(int(ends[-1])) as buffer:
+        with self._frames.lend(int(ends[-1]) + OVERREAD) as buffer:
             frames = Frames(buffer.data_ptr() + starts, images.widths * 3, images.widths, images.heights)
             is_good = self._decoder.decode(images.addresses, images.lengths, frames, stream)
             resize_frames(frames.take(is_good), self._model, images.slots[is_good], pixels)
@@ -199,7 +199,7 @@ class ImageStage:
         images = images.take(np.argsort(images.forms != PIXELS, kind="stable"))
         ends = np.cumsum(images.lengths)
         starts = ends - images.lengths
-        staging = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        staging = torch.empty(int(ends[-1]) + OVERREAD, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         for address, start, length in _runs(images.addresses, images.lengths, starts):
             ctypes.memmove(staging.data_ptr() + start, address, length)
         on_device = staging.to(self._device, non_blocking=True)

@@ -16,8 +16,10 @@ from scoring.spec import ImageModel
 if TYPE_CHECKING:
     import torch
 
+# Four taps are read at a time, as aligned words: what lies behind an image counts for nothing, but is read.
+OVERREAD = 16
 _SUPPORT = 2.0  # bicubic's, in source pixels at scale 1
-_BLOCK_Y, _BLOCK_X = 8, 64
+_BLOCK_Y, _BLOCK_X = 16, 32
 
 Sizes = npt.NDArray[np.int64]
 
@@ -33,7 +35,10 @@ def can_resize(model: ImageModel) -> bool:
 
 @dataclass(frozen=True)
 class Frames:
-    """RGB images of any size in one device's memory: address, bytes a row, width and height of each, (n,) int64."""
+    """RGB images of any size in one device's memory: address, bytes a row, width and height of each, (n,) int64.
+
+    OVERREAD bytes behind each can be read.
+    """
 
     addresses: Sizes
     pitches: Sizes
@@ -92,9 +97,10 @@ def resize_frames(frames: Frames, model: ImageModel, slots: Sizes, out: "torch.T
 
 
 def _taps(in_sizes: Sizes, out_sizes: Sizes) -> int:
-    """Pillow's ksize for the largest scale of a batch."""
+    """Pillow's ksize for the largest scale of a batch, and as many more as `resize_rows` reads at a time."""
     scale = max(1.0, float((in_sizes / out_sizes).max()))
-    return int(np.ceil(_SUPPORT * scale)) * 2 + 1
+    ksize = int(np.ceil(_SUPPORT * scale)) * 2 + 1
+    return -(-ksize // 4) * 4
 
 
 def _weights(

@@ -24,7 +24,7 @@ def compare(transforms: str) -> dict[str, int]:
     import torch
 
     from scoring.images import transform_image
-    from scoring.resample import Frames, can_resize, resize_frames
+    from scoring.resample import OVERREAD, Frames, can_resize, resize_frames
     from scoring.spec import ImageModel
 
     model = ImageModel("image", 16, (0.5,) * 3, (0.5,) * 3, tuple(transforms.split("+")), 1)
@@ -34,7 +34,7 @@ def compare(transforms: str) -> dict[str, int]:
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in SIZES]
     lines = [np.pad(image.reshape(len(image), -1), ((0, 0), (0, 7))) for image in images]
     # Any address: the first begins a word, the others 1 to 3 bytes later.
-    memory = [np.concatenate([np.zeros(place % 4, np.uint8), part.ravel()]) for place, part in enumerate(lines)]
+    memory = [np.pad(part.ravel(), (place % 4, OVERREAD), constant_values=255) for place, part in enumerate(lines)]
     starts = [part.ctypes.data_as(ctypes.c_void_p).value or 0 for part in memory]
     frames = Frames(
         addresses=np.array([start + place % 4 for place, start in enumerate(starts)], dtype=np.int64),
