@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Four taps are read at a time, as aligned words: what lies behind an image counts for nothing, but is read.
 OVERREAD = 16
 _SUPPORT = 2.0  # bicubic's, in source pixels at scale 1
-_BLOCK_Y, _BLOCK_X = 16, 32
+_BLOCK_Y, _BLOCK_X = 4, 32
+_WEIGHTS_BLOCK = 64
 
 Sizes = npt.NDArray[np.int64]
 
@@ -115,7 +116,7 @@ def _weights(
     first, count = torch.empty((2, num, size), dtype=torch.int32, device=device)
     weights = torch.empty((num, taps, size), dtype=torch.int32, device=device)
     # One launch: as torch's operations it was 110, for each of which Python's lock is let go and waited for.
-    resize_weights[(num, -(-size // _BLOCK_X))](
-        in_sizes, out_sizes, first, count, weights, taps, size, BLOCK=_BLOCK_X, enable_fp_fusion=False
+    resize_weights[(num, -(-size // _WEIGHTS_BLOCK))](
+        in_sizes, out_sizes, first, count, weights, taps, size, BLOCK=_WEIGHTS_BLOCK, enable_fp_fusion=False
     )
     return first, count, weights
