@@ -182,8 +182,9 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
 
     from scoring.config import load_config
     from scoring.ledger import AttemptFolder
-    from scoring.pipeline import Timings, prepare, read_features
+    from scoring.pipeline import Timings, feature_workers, prepare, read_features
     from scoring.sizing import IO_CPUS
+    from scoring.source import ShardSource
 
     def start_ray() -> None:
         if not ray.is_initialized():
@@ -191,7 +192,11 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
 
     config = load_config(file=None, flags=flags, overrides=overrides, cwd=Path.cwd())
     plan = prepare(config, Timings(), start_ray)
-    dataset = read_features(plan, AttemptFolder(plan.run.uri, "features-only"))
+    attempt = AttemptFolder(plan.run.uri, "features-only")
+    source = ShardSource(
+        plan.inputs, plan.config.input.csv, attempt, plan.flow.block_rows, plan.flow.task_rows, plan.done
+    )
+    dataset = read_features(plan, attempt)
     if plan.pools.gpus_per_actor:
         dataset = _stage_features(dataset, plan)
     counter = counting_sink()
@@ -204,7 +209,7 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
     return {
         "rows": rows,
         "landed": landed,
-        "workers": plan.pools.feature_workers,
+        "workers": feature_workers(plan, source.num_tasks),
         "busy_s": _busy_seconds(dataset, "FeatureWorker"),
     }
 

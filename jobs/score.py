@@ -215,7 +215,7 @@ def _print_plan(plan: Any) -> None:
         ("rows", rows),
         (
             "actors",
-            f"{pools.scoring_actors} scoring ({pools.gpus_per_actor:g} GPU each), {pools.feature_workers} for features",
+            f"{pools.scoring_actors} scoring ({pools.gpus_per_actor:g} GPU each), up to {pools.feature_workers} for features",
         ),
         (
             "images",

@@ -5,6 +5,8 @@ into one array in Python stopped at 7,000 images/s. `TRITON_INTERPRET=1` runs th
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Triton also compiles what comes after a branch that returns.
+# ruff: noqa: RET505
 
 import triton
 import triton.language as tl
@@ -162,7 +164,7 @@ def resize_rows(
     """Each row of each image from its width to `size` output columns. Reads up to `resample.OVERREAD` bytes past an image.
 
     Four pixels at a time from four aligned words, wherever they begin, and one instruction for four products of bytes: a
-    weight has 24 bits, three of them. As products of 32 bits a step took 246 instructions a thread, so 118.
+    weight has three. On an H100 512 images of 320 to 640 x 300 to 500 took 0.54 ms, with products of 32 bits 0.72.
     """
     image = tl.program_id(0)
     height = tl.load(heights + image).to(tl.int32)

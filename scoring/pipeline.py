@@ -53,7 +53,7 @@ from scoring.retry import retry_fingerprint
 from scoring.sample import Sample, draw_sample
 from scoring.scorer import ActorSetup, Scorer
 from scoring.shards import BadFile, InputPlan, inspect_all, inspect_files, list_inputs, plan_inputs
-from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, size_flow, size_pools
+from scoring.sizing import IO_CPUS, Flow, Pools, plan_decode, readers_needed, size_flow, size_pools
 from scoring.spec import FeatureSpec
 from scoring.storage import is_local, join, redact, remove_tree, write_bytes
 
@@ -469,9 +469,10 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     source = ShardSource(plan.inputs, plan.config.input.csv, attempt, flow.block_rows, flow.task_rows, plan.done)
     # Ray joins the two stages where they ask for the same, and the second takes blocks as they come.
     is_one = flow.workers_read(pools, source.num_tasks)
+    workers = feature_workers(plan, source.num_tasks)
     if flow.workers_may_read:
         readers = (
-            "feature workers themselves"
+            f"{workers} feature workers themselves"
             if is_one
             else f"tasks of their own, too few ({source.num_tasks}) to be the workers'"
         )
@@ -492,10 +493,18 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
         },
         batch_size=None if is_one else flow.block_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=pools.feature_workers),
+        compute=ActorPoolStrategy(size=workers),
         num_cpus=pools.feature_cpus,
         udf_modifying_row_count=False,
     )
+
+
+def feature_workers(plan: Plan, num_tasks: int) -> int:
+    """How many feature workers a run of so many read tasks has."""
+    if not plan.flow.workers_read(plan.pools, num_tasks):
+        return plan.pools.feature_workers
+    are_local = all(is_local(file.uri) for file in plan.inputs.files)
+    return readers_needed(plan.config, plan.pools, plan.decode, are_local=are_local)
 
 
 def score_features(

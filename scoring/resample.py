@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Four taps are read at a time, as aligned words: what lies behind an image counts for nothing, but is read.
 OVERREAD = 16
 _SUPPORT = 2.0  # bicubic's, in source pixels at scale 1
+# One output pixel a thread: on an H100 512 images took 0.54 ms this way, with two a thread 0.72, with four 1.48. Programs are
+# numbered by image first, so that those which run at once are at different ones: along each image they took 0.72.
 _BLOCK_Y, _BLOCK_X = 4, 32
 _WEIGHTS_BLOCK = 64
 

@@ -9,7 +9,16 @@ import pytest
 from jobs.score import usable_cpus
 from scoring.config import ScoreConfig, load_config
 from scoring.decoding import DecodePlan
-from scoring.sizing import IO_CPUS, Pools, cpu_share, plan_decode, size_flow, size_pools, windows_that_fit
+from scoring.sizing import (
+    IO_CPUS,
+    Pools,
+    cpu_share,
+    plan_decode,
+    readers_needed,
+    size_flow,
+    size_pools,
+    windows_that_fit,
+)
 from scoring.spec import FeatureSpec, ImageColumn, ImageModel
 
 H100: Mapping[str, float] = {"CPU": 16.0, "GPU": 1.0}
@@ -140,6 +149,21 @@ def test_workers_read_rows_with_images_that_the_gpu_decodes_where_each_has_some_
     ):
         assert not size_flow(config(tmp_path), SPEC, pools, decode, 10**6, row_bytes).workers_read(pools, 10**4)
     assert not size_flow(config(tmp_path), PLAIN, pools, DecodePlan(), 10**6, 41_000.0).workers_read(pools, 10**4)
+
+
+def test_as_many_workers_read_as_the_gpu_needs_where_it_decodes_all(tmp_path: Path) -> None:
+    def count(pools: Pools, *settings: str, decode: DecodePlan | None = None, are_local: bool = True) -> int:
+        return readers_needed(config(tmp_path, *settings), pools, decode or DecodePlan("gpu"), are_local=are_local)
+
+    pools = size_pools(config(tmp_path), [H100])
+    assert (pools.feature_workers, count(pools)) == (15, 8)
+    assert count(size_pools(config(tmp_path), [{"CPU": 4.0, "GPU": 1.0}])) == 3, "never more than there are cores"
+    assert count(size_pools(config(tmp_path), [{"CPU": 64.0, "GPU": 4.0}])) == 32
+    half = size_pools(config(tmp_path, "resources.gpus=0.5", "resources.actors=2"), [H100])
+    assert count(half) == 8, "the GPUs count, not the actors"
+    assert count(pools, are_local=False) == 15, "a store is waited for"
+    assert count(pools, "resources.cpus=16") == 15, "explicit numbers win"
+    assert count(pools, decode=DecodePlan("gpu", cpu_share=0.1)) == count(pools, decode=DecodePlan("exact")) == 15
 
 
 def test_rows_that_name_their_images_are_of_unknown_size(tmp_path: Path) -> None:
