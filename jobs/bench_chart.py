@@ -1,6 +1,6 @@
 """Tables and charts of `jobs.benchmark pipeline`, from its document alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def _print_own(own: Mapping[str, Any], shares: Mapping[str, Any], console: Conso
         "first actor ready, s": [_number(own[name]["ready_s"], 1) for name in names],
         "first scores written, s": [_number(own[name]["first_score_s"], 1) for name in names],
         "GPU busy %": [_number(own[name]["gpu_busy_pct"], 1) for name in names],
+        "GPU clock, MHz": [_number(own[name].get("gpu_clock_mhz")) for name in names],
+        "actors without a window in the forward, %": [_waited(own[name]["actors"]) for name in names],
         "spilled MiB": [_number(own[name]["spilled_mib"]) for name in names],
         "quarantined of injected": [
             f"{own[name]['rows_quarantined']} of {own[name]['rows_bad_injected']}" for name in names
@@ -96,6 +98,11 @@ def _print_own(own: Mapping[str, Any], shares: Mapping[str, Any], console: Conso
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console.print(table)
+
+
+def _waited(actors: Sequence[Mapping[str, Any]]) -> str:
+    """Over their lives, each actor's: high means starved, not slow."""
+    return ", ".join(f"{actor['wait_pct']}" for actor in actors if "wait_pct" in actor)
 
 
 def _scientific(value: float | None) -> str:

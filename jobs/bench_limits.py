@@ -104,7 +104,7 @@ def _forward_rate(engine: Any, request: Any, tokens: int, *, quick: bool) -> dic
     most = min(_QUICK_ROWS if quick else request.batch_rows, GPU_TOKENS // max(1, tokens))
     rows = max(count for count in request.shapes.rows if count <= most)
     arrays = synthetic_arrays(request.spec, rows=rows, tokens=tokens, seed=tokens)
-    times: Any = {"seconds": 0.3, "repeats": 1, "warm_ups": 1} if quick else {"seconds": 1.0}
+    times: Any = {"seconds": 0.3, "repeats": 1, "warm_ups": 1} if quick else {"seconds": 0.5}
     if torch.cuda.is_available():
         tensors = [to_tensor(arrays[item.name], CUDA) for item in describe_inputs(request.spec)]
         figures = measure(lambda: engine.run(tensors), rows, finish=torch.cuda.synchronize, **times)

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,15 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
             continue
         score = actor.scorer(engine)
         staged = actor.staging.stage(actor.table)
-        alone, both = actor.rate(lambda: score(staged)), actor.rate(lambda: score(actor.staging.stage(actor.table)))  # noqa: B023
-        entry[name] = {"forward": alone, "both": both, **actor.trace(lambda: score(actor.staging.stage(actor.table)))}  # noqa: B023
+        alone = actor.rate(lambda: score(staged))  # noqa: B023
+        actor.spent.clear()
+        both = actor.rate(lambda: score(actor.staging.stage(actor.table)))  # noqa: B023
+        entry[name] = {
+            "forward": alone,
+            "both": both,
+            "seconds_a_window": actor.mean_spent(),
+            **actor.trace(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
+        }
         engine.close()
         logger.info("profile: %s: %s", name, {key: entry[name][key] for key in ("forward", "both", "gpu_busy_pct")})
     return entry
@@ -80,6 +88,14 @@ class ActorInProcess:
             lambda: predictor, self._spec, EngineCache(str(job.cache)), batch_rows=GPU_ROWS, rows_left=job.rows
         )
         self._lock = threading.Lock()
+        self.spent: list[tuple[float, float, float, float]] = []
+
+    def mean_spent(self) -> dict[str, float]:
+        """Where a window's seconds go, from one end to the other: at the decoders, waiting for the forward's turn, in it, and
+        waiting for what the GPU has to do. Long turns: the forward is the bound; none: the staging."""
+        names = ("stage", "turn", "submit", "gpu")
+        means = [sum(values) / len(self.spent) for values in zip(*self.spent, strict=True)]
+        return {name: round(mean, 4) for name, mean in zip(names, means, strict=False)}
 
     def scorer(self, engine: Any) -> Callable[[Any], object]:
         from scoring.forward import Forward
@@ -87,9 +103,16 @@ class ActorInProcess:
         forward = Forward(engine, self.staging, max(1, len(self._spec.class_labels)))
 
         def score(staged: Any) -> object:
+            marks = [time.perf_counter()]
             with self._lock:
+                marks.append(time.perf_counter())
                 submitted = forward.submit(staged)
-            return submitted.wait()
+            marks.append(time.perf_counter())
+            logits = submitted.wait()
+            marks.append(time.perf_counter())
+            turn, submit, gpu = (end - start for start, end in pairwise(marks))
+            self.spent.append((staged.seconds, turn, submit, gpu))
+            return logits
 
         return score
 

@@ -91,6 +91,12 @@ def measure_score(job: ScoreJob, repeats: int, *, warm_up: bool) -> Entry:
             return run
         run["cache"] = "empty" if is_cold and number == 0 else "filled"
         logger.info("ours %s: %.0f rows/s with start-up, steady %s", dict(job.settings), run["rows_per_s"], _told(run))
+        if run["gpu_hot_pct"]:
+            logger.warning(
+                "heat held the GPU back for %.0f %% of the time, at %.0f MHz on the average: these rates are not its own; cool "
+                "it or take another one",
+                *(run["gpu_hot_pct"], run["gpu_clock_mhz"]),
+            )
         runs.append(run)
     counted = runs[-repeats:]
     # The run whose steady rate is the median one stands for all: its parts belong together.
@@ -149,6 +155,8 @@ def _figures(job: ScoreJob, watched: Watched) -> Entry:
         "gpu_memory_mib": watched.gpu_memory_mib or None,
         "gpu_busy_pct": mean_between(watched.gpu_busy, start, end),
         "jpeg_busy_pct": mean_between(watched.jpeg_busy, start, end),
+        "gpu_clock_mhz": mean_between(watched.gpu_clock, start, end),
+        "gpu_hot_pct": mean_between(watched.gpu_hot, start, end),
         "series": {"landed": thin_out(watched.landed), "gpu_busy": thin_mean(watched.gpu_busy)},
     }
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in entry.items()}

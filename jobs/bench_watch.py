@@ -31,6 +31,8 @@ _TICK_S = 0.1
 # Walking the process tree costs some ms: five ticks apart.
 _TREE_TICKS = 5
 _MIB = 2**20
+# nvml.h: nvmlClocksEventReasonSwThermalSlowdown and nvmlClocksThrottleReasonHwThermalSlowdown.
+_HEAT = 0x20 | 0x40
 # Parts of command lines, titles that Ray gives its workers among them -> what the tables call them; the first match counts.
 _KINDS = (
     ("FeatureWorker", "feature workers"),
@@ -44,7 +46,11 @@ _ACTOR_WAITED = re.compile(r"^(\S+ \S+) \w+ score actor=(\w+) (waited_s=.*)$", r
 _ACTOR_LOADED = re.compile(r"^(\S+ \S+) \w+ score actor=(\w+) (load_s=.*)$", re.MULTILINE)
 _DRIVER_LINE = re.compile(r"^(\d{4}-\S+ \S+) [A-Z]+ (.*)$", re.MULTILINE)
 _PHASE = re.compile(r"(\w+_s)=([\d.]+)")
-_ACTOR_FINAL = re.compile(r"score actor=(\w+) provider=(\S+) rows=(\d+) rows_per_s=(\d+) .*final=true")
+_ACTOR_LINE = re.compile(
+    r"^(\S+ \S+) \w+ score actor=(\w+) provider=(\S+) rows=(\d+) rows_per_s=(\d+) window=(\d+) wait_pct=(\d+) "
+    r"stage_pct=(\d+) batch=\d+( final=true)?$",
+    re.MULTILINE,
+)
 _SPILLED = re.compile(r"Spilled (\d+) MiB")
 
 
@@ -59,6 +65,8 @@ class Watched:
     landed: Series = field(default_factory=list)
     gpu_busy: Series = field(default_factory=list)
     jpeg_busy: Series = field(default_factory=list)
+    gpu_clock: Series = field(default_factory=list)
+    gpu_hot: Series = field(default_factory=list)
     gpu_memory_mib: float = 0.0
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     cpu: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -68,6 +76,7 @@ class Watched:
     """Seconds since its start until the driver said its first line, and until its plan was made and Ray was there."""
     loaded: list[dict[str, Any]] = field(default_factory=list)
     actors: list[dict[str, Any]] = field(default_factory=list)
+    """What each scoring actor says of itself, every ten seconds and at its end: see `meter.py`."""
 
 
 def watch(command: Sequence[str], output: Path, *, timeout_s: float, environment: Mapping[str, str]) -> Watched:
@@ -193,6 +202,7 @@ class _Samples:
     def fill(self, watched: Watched) -> None:
         watched.landed = self._landed
         watched.gpu_busy, watched.jpeg_busy = self._probe.busy, self._probe.jpeg
+        watched.gpu_clock, watched.gpu_hot = self._probe.clock, self._probe.hot
         watched.gpu_memory_mib = round(self._probe.peak_mib, 1)
         watched.memory = self._memory
         kinds = dict.fromkeys(kind for kind, _ in self._cpu.values())
@@ -207,11 +217,14 @@ def process_kind(title: str) -> str:
 
 
 class GpuProbe:
-    """The driver's own figures, where its library is installed and there is a GPU: busy share of all GPUs, their memory."""
+    """The driver's own figures, where its library is installed and there is a GPU: of all GPUs the share of the time that
+    they are busy, their clock (MHz), the share (%) of them that heat holds back, and their memory."""
 
     def __init__(self) -> None:
         self.busy: Series = []
         self.jpeg: Series = []
+        self.clock: Series = []
+        self.hot: Series = []
         self.peak_mib = 0.0
         self._handles: list[Any] = []
         try:
@@ -232,6 +245,11 @@ class GpuProbe:
         self.busy.append((at, statistics.mean(rates)))
         used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self._handles)
         self.peak_mib = max(self.peak_mib, used / _MIB)
+        with suppress(AttributeError, pynvml.NVMLError):  # an older driver
+            clocks = [pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) for handle in self._handles]
+            reasons = [pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle) for handle in self._handles]
+            self.clock.append((at, statistics.mean(clocks)))
+            self.hot.append((at, statistics.mean(100.0 * bool(reason & _HEAT) for reason in reasons)))
         try:
             jpeg = [pynvml.nvmlDeviceGetJpgUtilization(handle)[0] for handle in self._handles]
         except (AttributeError, pynvml.NVMLError):
@@ -296,8 +314,14 @@ def _read_logs(logs: Path, started_at: float, watched: Watched) -> None:
         watched.loaded.append(
             {"actor": actor, "starts_s": starts.get(actor), "ready_s": _since(stamp, started_at), **seconds}
         )
-    for actor, provider, rows, rate in _ACTOR_FINAL.findall(text):
-        watched.actors.append({"actor": actor, "provider": provider, "rows": int(rows), "rows_per_s": int(rate)})
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for stamp, actor, provider, *numbers, is_final in _ACTOR_LINE.findall(text):
+        told = dict(zip(("rows", "rows_per_s", "window", "wait_pct", "stage_pct"), map(int, numbers), strict=True))
+        line = {"at_s": _since(stamp, started_at), **told}
+        if is_final:
+            watched.actors.append({"actor": actor, "provider": provider, **told, "lines": lines.pop(actor, [])})
+        else:
+            lines.setdefault(actor, []).append(line)
     for path in logs.glob("raylet*"):
         spilled = [float(mib) for mib in _SPILLED.findall(path.read_text(errors="replace"))]
         watched.spilled_mib = max([watched.spilled_mib, *spilled])

@@ -8,6 +8,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from jobs.bench_profile import summarize
 from jobs.bench_score import ScoreJob
 from jobs.bench_series import mean_between, steady_rate, thin_mean, thin_out
 from jobs.bench_setup import Bench, Request
-from jobs.bench_watch import GpuProbe, process_kind, watch
+from jobs.bench_watch import GpuProbe, Watched, _read_logs, process_kind, watch
 from jobs.bench_wire import NarrowingScoringActor, WideFeatureWorker, to_float32, to_uint8
 from scoring import pipeline
 from scoring.config import ScoreConfig, load_config
@@ -356,6 +357,10 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         nvmlDeviceGetUtilizationRates=lambda i: types.SimpleNamespace(gpu=40 + 20 * i),
         nvmlDeviceGetMemoryInfo=lambda i: types.SimpleNamespace(used=2**30),
         nvmlDeviceGetJpgUtilization=fail,
+        NVML_CLOCK_SM=1,
+        nvmlDeviceGetClockInfo=lambda i, kind: (1980, 420)[i] if kind == 1 else 0,
+        # Idle, and slowed down by heat.
+        nvmlDeviceGetCurrentClocksEventReasons=lambda i: (0x1, 0x24)[i],
     )
     monkeypatch.setitem(sys.modules, "pynvml", gpu)
     return gpu
@@ -366,7 +371,11 @@ def test_gpu_probe_keeps_the_drivers_figures_and_does_without(nvml: types.Simple
     probe.take(1.234)
     assert probe.busy == [(1.23, 50)]
     assert probe.jpeg == []
+    assert (probe.clock, probe.hot) == ([(1.23, 1200)], [(1.23, 50.0)])
     assert probe.peak_mib == 2048
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = nvml.nvmlDeviceGetJpgUtilization
+    probe.take(2.0)
+    assert (len(probe.busy), len(probe.hot)) == (2, 1)
     nvml.nvmlInit = nvml.nvmlDeviceGetJpgUtilization
     absent = GpuProbe()
     absent.take(1.0)
@@ -453,6 +462,33 @@ time.sleep(float(sys.argv[2]))
     stopped = watch([*command, "600"], tmp_path / "other", timeout_s=4, environment={})
     assert stopped.code != 0
     assert stopped.wall_s < 30
+
+
+def test_what_an_actor_says_of_itself_is_kept_line_by_line(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    form = "2026-11-28 10:00:{} INFO score actor=a1 provider=cuda rows={} rows_per_s=9 window={} wait_pct={} stage_pct=4 batch=8"
+    lines = [
+        form.format("10,000", 100, 10, 50),
+        "others",
+        form.format("20,500", 300, 20, 25),
+        form.format("21,000", 310, 5, 24),
+    ]
+    (logs / "worker-1.err").write_text("\n".join(lines) + " final=true\n")
+    watched = Watched(0, 1.0, {}, "")
+    _read_logs(logs, datetime(2026, 11, 28, 10, 0, 0).timestamp(), watched)
+    (actor,) = watched.actors
+    assert [actor[name] for name in ("actor", "provider", "rows", "wait_pct", "stage_pct")] == [
+        "a1",
+        "cuda",
+        310,
+        24,
+        4,
+    ]
+    assert [(item["at_s"], item["rows"], item["window"], item["wait_pct"]) for item in actor["lines"]] == [
+        (10.0, 100, 10, 50),
+        (20.5, 300, 20, 25),
+    ]
 
 
 def test_a_trace_says_how_busy_the_gpu_was_and_what_a_window_asks_of_it() -> None:
