@@ -57,6 +57,8 @@ def _part_row(label: str, entry: Mapping[str, Any]) -> list[str]:
         return [label, "", "", "", "", f"not run: {escape(entry.get('unavailable', '?'))[:90]}"]
     spread = f"{entry['min']:,.0f}-{entry['max']:,.0f}" if "min" in entry else ""
     note = entry.get("engine") or entry.get("measured_by") or ""
+    if entry.get("padding_pct") is not None:
+        note = f"{note}, {entry['padding_pct']:.0f} % of the tokens padding"
     return [
         label,
         f"{entry['rows']:,}",
@@ -82,7 +84,7 @@ def _print_own(own: Mapping[str, Any], shares: Mapping[str, Any], console: Conso
         "first scores written, s": [_number(own[name]["first_score_s"], 1) for name in names],
         "GPU busy %": [_number(own[name]["gpu_busy_pct"], 1) for name in names],
         "GPU clock, MHz": [_number(own[name].get("gpu_clock_mhz")) for name in names],
-        "actors without a window in the forward, %": [_waited(own[name]["actors"]) for name in names],
+        "actors without a window in the forward, %": [_waited(own[name].get("actors", ())) for name in names],
         "spilled MiB": [_number(own[name]["spilled_mib"]) for name in names],
         "quarantined of injected": [
             f"{own[name]['rows_quarantined']} of {own[name]['rows_bad_injected']}" for name in names

@@ -19,9 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from jobs.bench_score import Entry, ScoreJob
 from jobs.bench_series import steady_rate, thin_out
 from jobs.bench_watch import watch
+from scoring.collate import cut
 from scoring.staging import CPU_ROWS, GPU_ROWS, GPU_TOKENS
 
 if TYPE_CHECKING:
@@ -56,12 +60,19 @@ def measure_forward_limit(
         num_threads=os.cpu_count() or 1,
     )
     engine, name = build_used(request, used)
-    steps = count_steps(rows, spec, request.shapes)
+    lengths = token_lengths(rows, spec)
+    steps = Counter(request.shapes.fit(1, length)[1] for length in lengths.tolist())
     measured = {tokens: _forward_rate(engine, request, tokens, quick=quick) for tokens in sorted(steps)}
     engine.close()
     limit = sum(steps.values()) / sum(count / measured[tokens]["rows_per_s"] for tokens, count in steps.items())
     by_tokens = {str(tokens): {**figures, "rows": steps[tokens]} for tokens, figures in measured.items()}
-    return {"rows": sum(steps.values()), "rows_per_s": round(limit, 1), "engine": name, "by_tokens": by_tokens}
+    return {
+        "rows": sum(steps.values()),
+        "rows_per_s": round(limit, 1),
+        "engine": name,
+        "padding_pct": padding_pct(lengths, request.shapes, request.batch_rows, GPU_TOKENS if has_gpu() else None),
+        "by_tokens": by_tokens,
+    }
 
 
 def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
@@ -80,17 +91,28 @@ def build_used(request: Any, used: Sequence[str]) -> tuple[Any, str]:
     return engine, f"{provider}-{precision}"
 
 
-def count_steps(rows: "pd.DataFrame", spec: Any, shapes: Any) -> Counter[int]:
-    """How many rows are padded to each token step; all of them to 0 without text."""
-    if not spec.text:
-        return Counter({0: len(rows)})
+def token_lengths(rows: "pd.DataFrame", spec: Any) -> npt.NDArray[np.int64]:
+    """Tokens of each row, of the longest of its text models; 0 without text."""
     import pyarrow as pa
 
     from scoring.sequences import TokenSequences
 
+    lengths = np.zeros(len(rows), dtype=np.int64)
     texts = {column.name: pa.array(rows[column.name].fillna("").astype(str), pa.large_string()) for column in spec.text}
-    columns = [TokenSequences(model).build(texts)[0].value_lengths().to_pylist() for model in spec.text_models]
-    return Counter(shapes.fit(1, max(lengths))[1] for lengths in zip(*columns, strict=True))
+    for model in spec.text_models if spec.text else ():
+        lengths = np.maximum(lengths, TokenSequences(model).build(texts)[0].value_lengths().to_numpy())
+    return lengths
+
+
+def padding_pct(lengths: npt.NDArray[np.int64], shapes: Any, max_rows: int, max_tokens: int | None) -> float | None:
+    """Of the tokens that an engine is given the share (%) of padding, with these rows as one window; None without text."""
+    if not lengths.any():
+        return None
+    ordered, given = np.sort(lengths), 0
+    for start, end in cut(ordered, max_rows, shapes, max_tokens):
+        rows, tokens = shapes.fit(end - start, int(ordered[end - 1]))
+        given += rows * tokens
+    return round(100 * (1 - int(lengths.sum()) / given), 1)
 
 
 def _forward_rate(engine: Any, request: Any, tokens: int, *, quick: bool) -> dict[str, float]:

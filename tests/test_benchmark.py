@@ -32,6 +32,7 @@ from jobs.bench_wire import NarrowingScoringActor, WideFeatureWorker, to_float32
 from scoring import pipeline
 from scoring.config import ScoreConfig, load_config
 from scoring.decoding import DecodePlan
+from scoring.engines.base import Shapes
 from scoring.errors import ConfigError
 from scoring.sizing import size_pools
 from scoring.spec import FeatureSpec
@@ -64,6 +65,7 @@ def test_quick_comparison_accounts_for_every_row_and_agrees_with_predict_proba(t
     assert sum(actor["rows"] for actor in ours["actors"]) == 256
     assert 0 < ours["ready_s"] < ours["first_score_s"] < ours["wall_s"]
     assert "D/A" in document["ratios"]["D-exact"]
+    assert 0 < document["parts"]["L"]["padding_pct"] < 100
     assert (tmp_path / "pipeline.png").stat().st_size > 0
     assert "score actor=" in "".join(file.read_text() for file in (tmp_path / "work" / "logs").iterdir())
 
@@ -489,6 +491,16 @@ def test_what_an_actor_says_of_itself_is_kept_line_by_line(tmp_path: Path) -> No
         (10.0, 100, 10, 50),
         (20.5, 300, 20, 25),
     ]
+
+
+def test_padding_is_what_batches_have_beyond_their_rows_tokens() -> None:
+    shapes = Shapes((2, 4), (8, 16))
+    lengths = np.array([10, 3, 8, 16, 5])
+    # Sorted: 3, 5, 8, 10 as 4 x 16, and 16 as 2 x 16.
+    assert bench_limits.padding_pct(lengths, shapes, 4, None) == round(100 * (1 - 42 / 96), 1)
+    # 2 x 8, 2 x 16 and 2 x 16.
+    assert bench_limits.padding_pct(lengths, shapes, 4, 32) == round(100 * (1 - 42 / 80), 1)
+    assert bench_limits.padding_pct(np.zeros(5, dtype=np.int64), shapes, 4, None) is None
 
 
 def test_a_trace_says_how_busy_the_gpu_was_and_what_a_window_asks_of_it() -> None:
