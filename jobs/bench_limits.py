@@ -10,6 +10,7 @@ whose last line on standard output is one JSON document.
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -23,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.bench_score import Entry, ScoreJob
-from jobs.bench_series import steady_rate, thin_out
-from jobs.bench_watch import watch
+from jobs.bench_series import mean_between, steady_rate, thin_out
+from jobs.bench_watch import probed_gpu, watch
 from scoring.collate import cut
 from scoring.staging import CPU_ROWS, GPU_ROWS, GPU_TOKENS
 
@@ -62,7 +63,8 @@ def measure_forward_limit(
     engine, name = build_used(request, used)
     lengths = token_lengths(rows, spec)
     steps = Counter(request.shapes.fit(1, length)[1] for length in lengths.tolist())
-    measured = {tokens: _forward_rate(engine, request, tokens, quick=quick) for tokens in sorted(steps)}
+    with probed_gpu() as probe:
+        measured = {tokens: _forward_rate(engine, request, tokens, quick=quick) for tokens in sorted(steps)}
     engine.close()
     limit = sum(steps.values()) / sum(count / measured[tokens]["rows_per_s"] for tokens, count in steps.items())
     by_tokens = {str(tokens): {**figures, "rows": steps[tokens]} for tokens, figures in measured.items()}
@@ -70,6 +72,7 @@ def measure_forward_limit(
         "rows": sum(steps.values()),
         "rows_per_s": round(limit, 1),
         "engine": name,
+        "gpu_clock_mhz": mean_between(probe.clock, 0.0, math.inf),
         "padding_pct": padding_pct(lengths, request.shapes, request.batch_rows, GPU_TOKENS if has_gpu() else None),
         "by_tokens": by_tokens,
     }

@@ -7,6 +7,7 @@ reading and writing are left out, so that what is lost here is lost between the 
 import gzip
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench_score import Entry, ScoreJob
+from jobs.bench_series import mean_between
+from jobs.bench_watch import probed_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
         return {"unavailable": "no GPU: there are no two halves to profile"}
     actor = ActorInProcess(job, predictor)
     entry: Entry = {"window_rows": actor.table.num_rows, "calls": actor.calls, "images_per_window": actor.num_images}
-    entry["staging"] = actor.rate(lambda: actor.staging.stage(actor.table))
+    entry["staging"], entry["staging_clock_mhz"] = actor.rate(lambda: actor.staging.stage(actor.table))
     for names in (used, ["torch-compiled-fp16-"]):
         engine, name = build_used(actor.request, names)
         if name in entry:
@@ -47,12 +50,13 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
             continue
         score = actor.scorer(engine)
         staged = actor.staging.stage(actor.table)
-        alone = actor.rate(lambda: score(staged))  # noqa: B023
+        alone, alone_mhz = actor.rate(lambda: score(staged))  # noqa: B023
         actor.spent.clear()
-        both = actor.rate(lambda: score(actor.staging.stage(actor.table)))  # noqa: B023
+        both, both_mhz = actor.rate(lambda: score(actor.staging.stage(actor.table)))  # noqa: B023
         entry[name] = {
             "forward": alone,
             "both": both,
+            "clock_mhz": {"forward": alone_mhz, "both": both_mhz},
             "seconds_a_window": actor.mean_spent(),
             **actor.trace(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
         }
@@ -116,12 +120,15 @@ class ActorInProcess:
 
         return score
 
-    def rate(self, work: Callable[[], object]) -> float:
-        """Rows/s of windows worked on by all threads, between the ends of the first and the last that count."""
+    def rate(self, work: Callable[[], object]) -> tuple[float, float | None]:
+        """Rows/s of windows worked on by all threads, between the ends of the first and the last that count, and the GPU's
+        clock meanwhile (MHz): two things at once may be slower for the power that they take."""
         ends: list[float] = []
-        self._spin(work, lambda: len(ends) > _WARM_WINDOWS and ends[-1] - ends[_WARM_WINDOWS] > _SECONDS, ends)
+        with probed_gpu() as probe:
+            self._spin(work, lambda: len(ends) > _WARM_WINDOWS and ends[-1] - ends[_WARM_WINDOWS] > _SECONDS, ends)
         counted = ends[_WARM_WINDOWS:]
-        return round(float(self.table.num_rows * (len(counted) - 1) / (counted[-1] - counted[0])), 1)
+        rate = round(float(self.table.num_rows * (len(counted) - 1) / (counted[-1] - counted[0])), 1)
+        return rate, mean_between(probe.clock, _SECONDS / 2, math.inf)
 
     def trace(self, work: Callable[[], object]) -> Entry:
         """What runs on the GPU and what is asked of the driver, per window."""
