@@ -22,6 +22,8 @@ KEEP_PREFIX = "keep:"
 SOURCE_FILE = "source_file"
 SOURCE_ROW = "source_row"
 SHARD = "shard"
+# What scored a row.
+ENGINE_COLUMN = "engine"
 
 IDENTITY_FIELDS = (
     pa.field(SOURCE_FILE, pa.string(), nullable=False),

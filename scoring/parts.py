@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scoring.accounts import PartFile, Receipt, ShardReceipt, identity_checksum, to_ranges
-from scoring.columns import KEEP_PREFIX, MARK_FIELDS, SHARD, SOURCE_FILE, SOURCE_ROW, ReadSchema
+from scoring.columns import ENGINE_COLUMN, KEEP_PREFIX, MARK_FIELDS, SHARD, SOURCE_FILE, SOURCE_ROW, ReadSchema
 from scoring.errors import LockError
 from scoring.ledger import AttemptFolder
 from scoring.outputs import score_fields
-from scoring.scorer import ENGINE_COLUMN
 from scoring.spec import FeatureSpec
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from scoring.columns import mark_rows
+from scoring.columns import ENGINE_COLUMN, mark_rows
 from scoring.config import ScoreConfig
 from scoring.decision import EngineDecision, Rung
 from scoring.decoding import DecodePlan
@@ -49,7 +49,6 @@ from scoring.witness import Witness
 
 logger = logging.getLogger(__name__)
 
-ENGINE_COLUMN = "engine"
 # Engines for a GPU are timed on so many rows, cut as a run's are: of 512 rows the batches are small, and all engines slow.
 _TIMED_ROWS = 2048
 

@@ -22,15 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from scoring.columns import SOURCE_ROW
+from scoring.columns import ENGINE_COLUMN, SOURCE_ROW
 from scoring.config import ScoreConfig
 from scoring.decoding import DecodePlan
 from scoring.errors import Stage
 from scoring.features import FEATURE_PREFIX
 from scoring.guard import Guard
 from scoring.journal import Journal
-
-_ENGINE_COLUMN = "engine"
 
 
 def score_of(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -103,7 +101,7 @@ class FormulaActor:
         columns = {"proba_0": 1 - scores, "proba_1": scores, "prediction": (scores > 0.5).astype(np.int64)}
         for name, values in columns.items():
             scored = scored.append_column(name, pa.array(values, mask=~is_good))
-        return scored.append_column(_ENGINE_COLUMN, pa.repeat("formula", table.num_rows))
+        return scored.append_column(ENGINE_COLUMN, pa.repeat("formula", table.num_rows))
 
 
 class NoPreparer:
