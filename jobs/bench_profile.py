@@ -58,6 +58,7 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
             "both": both,
             "clock_mhz": {"forward": alone_mhz, "both": both_mhz},
             "seconds_a_window": actor.mean_spent(),
+            "both_by_calls": actor.by_calls(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
             **actor.trace(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
         }
         engine.close()
@@ -129,6 +130,15 @@ class ActorInProcess:
         counted = ends[_WARM_WINDOWS:]
         rate = round(float(self.table.num_rows * (len(counted) - 1) / (counted[-1] - counted[0])), 1)
         return rate, mean_between(probe.clock, _SECONDS / 2, math.inf)
+
+    def by_calls(self, work: Callable[[], object]) -> dict[str, float]:
+        """Rows/s with fewer and with more windows in flight than a run has."""
+        usual, rates = self.calls, {}
+        for calls in (usual - 2, usual + 2):
+            self.calls = calls
+            rates[str(calls)] = self.rate(work)[0]
+        self.calls = usual
+        return rates
 
     def trace(self, work: Callable[[], object]) -> Entry:
         """What runs on the GPU and what is asked of the driver, per window."""
