@@ -91,7 +91,7 @@ def measure_score(job: ScoreJob, repeats: int, *, warm_up: bool) -> Entry:
             return run
         run["cache"] = "empty" if is_cold and number == 0 else "filled"
         logger.info("ours %s: %.0f rows/s with start-up, steady %s", dict(job.settings), run["rows_per_s"], _told(run))
-        if run["gpu_hot_pct"]:
+        if run.get("gpu_hot_pct"):
             logger.warning(
                 "heat held the GPU back for %.0f %% of the time, at %.0f MHz on the average: these rates are not its own; cool "
                 "it or take another one",

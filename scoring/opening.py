@@ -11,7 +11,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable
-from typing import IO, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import pyarrow as pa
 
@@ -42,13 +42,24 @@ def open_listed(file: ListedFile) -> io.BufferedIOBase:
     Of a file in a store the size alone is compared (drivers spell an ETag in one way when they list and in another when
     they open), and each read is tried `_TRIES` times.
     """
-    if not is_local(file.uri):
-        return _open_remote(file)
+    return _open_local(file, open_input) if is_local(file.uri) else _open_remote(file)
+
+
+def open_for_arrow(file: ListedFile) -> "pa.NativeFile | io.BufferedIOBase":
+    """As `open_listed`, for arrow alone: it reads a local file itself.
+
+    Through a Python object rows of 41 KB took 23 us of a core each to read, so 18.
+    """
+    return _open_local(file, pa.OSFile) if is_local(file.uri) else _open_remote(file)
+
+
+def _open_local(file: ListedFile, open_uri: Callable[[str], Any]) -> Any:
     # A pipe among the inputs would block the open for ever.
     if not stat.S_ISREG(os.stat(file.uri).st_mode):
         raise OSError("is not a regular file")
-    stream = cast(io.BufferedIOBase, open_input(file.uri))
-    status = os.fstat(stream.fileno())
+    stream = open_uri(file.uri)
+    # Of the name, once it is open: a file that took its place in between is told as well.
+    status = os.stat(file.uri)
     if status.st_size != file.size_bytes or not _is_same_time(status.st_mtime_ns, file.version):
         stream.close()
         raise _changed(file, status.st_size)

@@ -21,7 +21,7 @@ from scoring.columns import Identity, ReadSchema, build_bad_block, build_block, 
 from scoring.config import CsvConfig
 from scoring.csv_records import BAD_BYTES, CsvRecords, show_text
 from scoring.errors import Reason
-from scoring.opening import FILE_ERRORS, ChangedFileError, describe, open_listed
+from scoring.opening import FILE_ERRORS, ChangedFileError, describe, open_for_arrow
 from scoring.shards import Shard, SourceFile, footer_digest
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _read_parquet(shard: Shard, schema: ReadSchema, block_rows: int) -> Iterator
 @contextmanager
 def _open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
     # Few writers store checksums, but where they do, a flipped bit in plain values shows in nothing else.
-    with open_listed(file.listed) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
+    with open_for_arrow(file.listed) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
         if footer_digest(parquet.metadata) != file.footer:
             raise ChangedFileError("changed since it was listed (another footer); rerun for the file as it is now")
         yield parquet

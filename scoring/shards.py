@@ -24,7 +24,7 @@ from scoring.columns import KeptColumn, ModelColumn, ReadSchema, plain_type
 from scoring.config import DEFAULT_NULL_VALUES, CsvConfig, InputConfig
 from scoring.errors import ConfigError, InputError
 from scoring.images import is_image_type
-from scoring.opening import describe, is_gzip, open_csv_text, open_listed
+from scoring.opening import describe, is_gzip, open_csv_text, open_for_arrow
 from scoring.spec import FeatureSpec
 from scoring.storage import ListedFile, expand, redact
 
@@ -221,7 +221,7 @@ def _inspect(file: ListedFile, config: InputConfig) -> SourceFile:
 
 
 def _inspect_parquet(file: ListedFile, _: CsvConfig) -> SourceFile:
-    with open_listed(file) as stream, pq.ParquetFile(stream) as parquet:
+    with open_for_arrow(file) as stream, pq.ParquetFile(stream) as parquet:
         metadata = parquet.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         schema = parquet.schema_arrow
