@@ -207,9 +207,8 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
 
     from scoring.config import load_config
     from scoring.ledger import AttemptFolder
-    from scoring.pipeline import Timings, feature_workers, prepare, read_features
+    from scoring.pipeline import Timings, feature_workers, prepare, read_features, shard_source
     from scoring.sizing import IO_CPUS
-    from scoring.source import ShardSource
 
     def start_ray() -> None:
         if not ray.is_initialized():
@@ -218,9 +217,6 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
     config = load_config(file=None, flags=flags, overrides=overrides, cwd=Path.cwd())
     plan = prepare(config, Timings(), start_ray)
     attempt = AttemptFolder(plan.run.uri, "features-only")
-    source = ShardSource(
-        plan.inputs, plan.config.input.csv, attempt, plan.flow.block_rows, plan.flow.task_rows, plan.done
-    )
     dataset = read_features(plan, attempt)
     if plan.pools.gpus_per_actor:
         dataset = _stage_features(dataset, plan)
@@ -234,7 +230,7 @@ def features_only(flags: Mapping[str, object], overrides: Sequence[str]) -> Entr
     return {
         "rows": rows,
         "landed": landed,
-        "workers": feature_workers(plan, source.num_tasks),
+        "workers": feature_workers(plan, shard_source(plan, attempt).num_tasks),
         "busy_s": _busy_seconds(dataset, "FeatureWorker"),
     }
 

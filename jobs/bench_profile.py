@@ -134,7 +134,7 @@ class ActorInProcess:
     def by_calls(self, work: Callable[[], object]) -> dict[str, float]:
         """Rows/s with fewer and with more windows in flight than a run has."""
         usual, rates = self.calls, {}
-        for calls in (usual - 2, usual + 2):
+        for calls in (max(1, usual - 2), usual + 2):
             self.calls = calls
             rates[str(calls)] = self.rate(work)[0]
         self.calls = usual

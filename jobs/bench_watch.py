@@ -247,8 +247,8 @@ class GpuProbe:
         self.peak_mib = max(self.peak_mib, used / _MIB)
         with suppress(AttributeError, pynvml.NVMLError):  # an older driver
             clocks = [pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) for handle in self._handles]
-            reasons = [pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle) for handle in self._handles]
             self.clock.append((at, statistics.mean(clocks)))
+            reasons = [pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle) for handle in self._handles]
             self.hot.append((at, statistics.mean(100.0 * bool(reason & _HEAT) for reason in reasons)))
         try:
             jpeg = [pynvml.nvmlDeviceGetJpgUtilization(handle)[0] for handle in self._handles]

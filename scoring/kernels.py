@@ -111,31 +111,21 @@ def _pick(low, high, places: tl.constexpr):
 
 
 @triton.jit
-def _dot(sums, pixels, weights, is_signed: tl.constexpr):
-    """`sums` and the products of four bytes with four bytes, which may be signed."""
+def _dot(sums, pixels, weights, kind: tl.constexpr):
+    """`sums` and the products of four bytes with four bytes, which are signed ("s32") or not ("u32")."""
     if ON_GPU:
-        if is_signed:
-            return tl.inline_asm_elementwise(
-                "dp4a.u32.s32 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                [pixels, weights, sums],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "dp4a.u32.u32 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                [pixels, weights, sums],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
+        return tl.inline_asm_elementwise(
+            f"dp4a.u32.{kind} $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [pixels, weights, sums],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     else:
         for byte in tl.static_range(4):
             weight = (weights << (24 - 8 * byte)) >> 24
-            sums += ((pixels >> (8 * byte)) & 255) * (weight if is_signed else weight & 255)
+            sums += ((pixels >> (8 * byte)) & 255) * (weight if kind == "s32" else weight & 255)
         return sums
 
 
@@ -204,19 +194,19 @@ def resize_rows(
             weights0, weights1 = _pick(low, high, 0x5410)[None, :], _pick(low, high, 0x7632)[None, :]
             weights2 = _pick(_pick(weight0, weight1, 0x0062), _pick(weight2, weight3, 0x0062), 0x5410)[None, :]
             red0, green0, blue0 = (
-                _dot(red0, reds, weights0, False),
-                _dot(green0, greens, weights0, False),
-                _dot(blue0, blues, weights0, False),
+                _dot(red0, reds, weights0, "u32"),
+                _dot(green0, greens, weights0, "u32"),
+                _dot(blue0, blues, weights0, "u32"),
             )
             red1, green1, blue1 = (
-                _dot(red1, reds, weights1, False),
-                _dot(green1, greens, weights1, False),
-                _dot(blue1, blues, weights1, False),
+                _dot(red1, reds, weights1, "u32"),
+                _dot(green1, greens, weights1, "u32"),
+                _dot(blue1, blues, weights1, "u32"),
             )
             red2, green2, blue2 = (
-                _dot(red2, reds, weights2, True),
-                _dot(green2, greens, weights2, True),
-                _dot(blue2, blues, weights2, True),
+                _dot(red2, reds, weights2, "s32"),
+                _dot(green2, greens, weights2, "s32"),
+                _dot(blue2, blues, weights2, "s32"),
             )
             word0 = word3
             words += 3

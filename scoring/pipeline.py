@@ -60,6 +60,8 @@ from scoring.storage import is_local, join, redact, remove_tree, write_bytes
 if TYPE_CHECKING:
     import ray.data
 
+    from scoring.source import ShardSource
+
 logger = logging.getLogger(__name__)
 
 # What an actor writes down before it dies, by name.
@@ -460,13 +462,11 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
     """The plan's rows as tables of features: everything before the scoring actors."""
     from ray.data import ActorPoolStrategy, DataContext
 
-    from scoring.source import ShardSource
-
     context = DataContext.get_current()
     context.target_max_block_size = plan.flow.block_bytes
     context.wait_for_min_actors_s = -1
     flow, pools = plan.flow, plan.pools
-    source = ShardSource(plan.inputs, plan.config.input.csv, attempt, flow.block_rows, flow.task_rows, plan.done)
+    source = shard_source(plan, attempt)
     # Ray joins the two stages where they ask for the same, and the second takes blocks as they come.
     is_one = flow.workers_read(pools, source.num_tasks)
     workers = feature_workers(plan, source.num_tasks)
@@ -497,6 +497,14 @@ def read_features(plan: Plan, attempt: AttemptFolder) -> "ray.data.Dataset":
         num_cpus=pools.feature_cpus,
         udf_modifying_row_count=False,
     )
+
+
+def shard_source(plan: Plan, attempt: AttemptFolder) -> "ShardSource":
+    """What reads the plan's rows."""
+    from scoring.source import ShardSource
+
+    flow = plan.flow
+    return ShardSource(plan.inputs, plan.config.input.csv, attempt, flow.block_rows, flow.task_rows, plan.done)
 
 
 def feature_workers(plan: Plan, num_tasks: int) -> int:

@@ -1,8 +1,9 @@
 """What a run does around the scoring: what is left of it, and exact pixels where another way is refused under auto."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from scoring.decoding import DecodePlan
 from scoring.errors import EngineError, ParityError, StalledError
 from scoring.ledger import RunFolder
 from scoring.lock import Hold
-from scoring.pipeline import Plan
+from scoring.pipeline import Plan, read_features
 from scoring.shards import Shard
 from scoring.sizing import size_flow, size_pools
 from tests.test_sizing import H100, SPEC, config
@@ -42,6 +43,31 @@ def plan_for(tmp_path: Path, decode: DecodePlan, *settings: str) -> Plan:
     return Plan(
         settled, tmp_path, "abc", SPEC, cast("Any", Inputs()), cast("Any", None), run, pools, decode, flow, 10**6
     )
+
+
+@pytest.mark.parametrize(
+    ("uri", "num_tasks", "workers", "told"),
+    [
+        ("/data/a.parquet", 200, 8, "8 feature workers themselves"),
+        ("s3://b/a.parquet", 200, 15, "15 feature workers themselves"),
+        ("/data/a.parquet", 10, 15, "tasks of their own, too few (10)"),
+    ],
+)
+def test_ray_gets_as_many_feature_workers_as_the_log_says(
+    uri: str, num_tasks: int, workers: int, told: str, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    plan = plan_for(tmp_path, DecodePlan("gpu", resizes_on_gpu=True))
+    inputs = SimpleNamespace(files=[SimpleNamespace(uri=uri)])
+    plan = replace(plan, flow=replace(plan.flow, workers_may_read=True), inputs=cast("Any", inputs))
+    stages: list[Any] = []
+    dataset = SimpleNamespace(map_batches=lambda _, **stage: stages.append(stage))
+    monkeypatch.setattr("ray.data.DataContext.get_current", SimpleNamespace)  # this process keeps its own
+    monkeypatch.setattr("ray.data.read_datasource", lambda *_, **__: dataset)
+    monkeypatch.setattr("scoring.pipeline.shard_source", lambda *_: SimpleNamespace(num_tasks=num_tasks))
+    with caplog.at_level(logging.INFO):
+        read_features(plan, plan.run.begin(hold(plan)))
+    assert (stages[0]["compute"].min_size, stages[0]["compute"].max_size) == (workers, workers)
+    assert told in caplog.text
 
 
 def hold(plan: Plan) -> Hold:
