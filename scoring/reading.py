@@ -98,7 +98,7 @@ def _read_parquet(shard: Shard, schema: ReadSchema, block_rows: int) -> Iterator
 def _open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
     # Few writers store checksums, but where they do, a flipped bit in plain values shows in nothing else.
     with open_for_arrow(file.listed) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
-        if footer_digest(parquet.metadata) != file.footer:
+        if footer_digest(stream) != file.footer:
             raise ChangedFileError("changed since it was listed (another footer); rerun for the file as it is now")
         yield parquet
 

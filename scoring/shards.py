@@ -39,6 +39,7 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SHARD_ROWS = 16_384
 _SHARD_BYTES = 64 * 2**20
 _CSV_SAMPLE_BYTES = 256 * 2**10
+_FOOTER_BYTES = 64 * 2**10  # read at once, as arrow does; few are larger
 _GZIP_FACTOR = 4  # text of this kind; only an estimate for progress, corrected when the file is read
 _INSPECT_THREADS = 16
 
@@ -225,6 +226,7 @@ def _inspect_parquet(file: ListedFile, _: CsvConfig) -> SourceFile:
         metadata = parquet.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         schema = parquet.schema_arrow
+        footer = footer_digest(stream)
     _refuse_duplicates(schema.names)
     rows = [group.num_rows for group in groups]
     # Identities come from these numbers, also for rows that cannot be read.
@@ -240,15 +242,24 @@ def _inspect_parquet(file: ListedFile, _: CsvConfig) -> SourceFile:
         partition=partition_keys(file.uri),
         num_rows=metadata.num_rows,
         row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
-        footer=footer_digest(metadata),
+        footer=footer,
     )
 
 
-def footer_digest(metadata: pq.FileMetaData) -> str:
-    """What a footer says (row counts, offsets, sizes, statistics), so that a file put in another's place is noticed."""
-    written = pa.BufferOutputStream()
-    metadata.write_metadata_file(written)
-    return hashlib.blake2b(written.getvalue(), digest_size=16).hexdigest()
+def footer_digest(stream: "pa.NativeFile | io.BufferedIOBase") -> str:
+    """What a parquet file's footer says (row counts, offsets, sizes, statistics): a file put in another's place is noticed.
+
+    Of its bytes, once arrow has understood them: to write a damaged one anew, as `FileMetaData.write_metadata_file` does, ended
+    the process in 2 of 12,000 damaged files (pyarrow 24).
+    """
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, end - _FOOTER_BYTES))
+    tail = stream.read()
+    size = int.from_bytes(tail[-8:-4], "little") + 8
+    if size > len(tail):
+        stream.seek(max(0, end - size))
+        tail = stream.read()
+    return hashlib.blake2b(tail[-size:], digest_size=16).hexdigest()
 
 
 def _inspect_csv(file: ListedFile, config: CsvConfig) -> SourceFile:

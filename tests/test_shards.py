@@ -20,7 +20,16 @@ import scoring.opening
 from scoring.columns import KeptColumn, ModelColumn
 from scoring.config import DEFAULT_NULL_VALUES, CsvConfig, InputConfig
 from scoring.errors import ConfigError, InputError
-from scoring.shards import InputPlan, SourceFile, cut_shards, inspect_files, list_inputs, partition_keys, plan_inputs
+from scoring.shards import (
+    InputPlan,
+    SourceFile,
+    cut_shards,
+    footer_digest,
+    inspect_files,
+    list_inputs,
+    partition_keys,
+    plan_inputs,
+)
 from scoring.spec import (
     CategoricalColumn,
     CategoryKind,
@@ -588,3 +597,19 @@ def test_bytes_a_row_are_known_where_rows_are(tmp_path: Path) -> None:
     assert plan_of(tmp_path, spec=X).row_bytes == size / 20
     put_csv(tmp_path / "a.csv", "x,note\n1,hi\n")
     assert plan_of(tmp_path, spec=X).row_bytes == 0
+
+
+@pytest.mark.parametrize("num_columns", [1, 1000])
+def test_a_footers_digest_tells_files_of_one_size_apart(tmp_path: Path, num_columns: int) -> None:
+    def digest(first: float) -> str:
+        columns = {f"column {i:04d}": [first if i == 0 else 1.0] for i in range(num_columns)}
+        path = put_parquet(tmp_path / "a.parquet", columns, compression="none", use_dictionary=False)
+        footers.add(int.from_bytes(path.read_bytes()[-8:-4], "little"))
+        with path.open("rb") as stream, pa.OSFile(str(path)) as other:
+            assert footer_digest(stream) == footer_digest(other)
+            return footer_digest(stream)
+
+    footers: set[int] = set()
+    assert digest(2.0) == digest(2.0) != digest(3.0)
+    (size,) = footers
+    assert (size > 2**16) == (num_columns == 1000), "more than is read at once"
