@@ -15,9 +15,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from jobs.bench_score import Entry, ScoreJob
 from jobs.bench_series import mean_between
@@ -25,7 +27,7 @@ from jobs.bench_watch import probed_gpu
 
 logger = logging.getLogger(__name__)
 
-_SECONDS, _WARM_WINDOWS = 6.0, 4
+_SECONDS, _WARM_WINDOWS = 4.0, 6
 _TRACED_S = 1.0
 _TOP = 14
 # As the profiler's trace names what runs on the GPU, and what is asked of its driver.
@@ -59,6 +61,7 @@ def measure_profile(job: ScoreJob, predictor: Any, used: Sequence[str]) -> Entry
             "clock_mhz": {"forward": alone_mhz, "both": both_mhz},
             "seconds_a_window": actor.mean_spent(),
             "both_by_calls": actor.by_calls(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
+            "both_without": actor.without(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
             **actor.trace(lambda: score(actor.staging.stage(actor.table))),  # noqa: B023
         }
         engine.close()
@@ -140,6 +143,20 @@ class ActorInProcess:
         self.calls = usual
         return rates
 
+    def without(self, work: Callable[[], object]) -> dict[str, float]:
+        """Rows/s with parts of the staging left out, on pixels of no meaning: what each costs the forward beside it."""
+        skips = {
+            "decoding": patch("scoring.nvjpeg.JpegDecoder.decode", _decode_nothing),
+            "resize": patch("scoring.device_images.resize_frames", lambda *_: None),
+        }
+        rates = {}
+        for names in (("decoding",), ("resize",), ("decoding", "resize")):
+            with ExitStack() as patches:
+                for name in names:
+                    patches.enter_context(skips[name])
+                rates[" and ".join(names)] = self.rate(work)[0]
+        return rates
+
     def trace(self, work: Callable[[], object]) -> Entry:
         """What runs on the GPU and what is asked of the driver, per window."""
         import torch
@@ -182,6 +199,12 @@ class ActorInProcess:
             thread.join()
         if failures:
             raise failures[0]
+
+
+def _decode_nothing(_decoder: Any, addresses: Sequence[int], *_: Any) -> Any:
+    import numpy as np
+
+    return np.ones(len(addresses), dtype=bool)
 
 
 def _features(config: Any, spec: Any, plan: Any, rows: int) -> Any:
