@@ -6,7 +6,7 @@ has units for them.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +51,8 @@ class Frames:
     def __len__(self) -> int:
         return len(self.addresses)
 
-    def take(self, chosen: npt.NDArray[np.bool_]) -> "Frames":
-        """Those of the mask."""
+    def take(self, chosen: npt.NDArray[Any]) -> "Frames":
+        """Some of them, by place or by mask."""
         return Frames(self.addresses[chosen], self.pitches[chosen], self.widths[chosen], self.heights[chosen])
 
 
@@ -88,7 +88,7 @@ def resize_frames(frames: Frames, model: ImageModel, slots: Sizes, out: "torch.T
     x_first, x_count, x_weights = _weights(in_widths, out_widths, size, _taps(frames.widths, widths))
     y_first, y_count, y_weights = _weights(in_heights, out_heights, size, _taps(frames.heights, heights))
     rows = torch.empty((int(frames.heights.sum()), size, 3), dtype=torch.uint8, device=device)
-    grid = (len(frames), -(-int(frames.heights.max()) // _BLOCK_Y), -(-size // _BLOCK_X))
+    grid = (len(frames), -(-_rows_read(frames.heights, heights, size) // _BLOCK_Y), -(-size // _BLOCK_X))
     resize_rows[grid](
         addresses, pitches, starts_, x_first, x_count, x_weights, x_weights.shape[1], y_first, y_count, rows, size,
         BLOCK_Y=_BLOCK_Y, BLOCK_X=_BLOCK_X,
@@ -97,6 +97,13 @@ def resize_frames(frames: Frames, model: ImageModel, slots: Sizes, out: "torch.T
     resize_columns[(len(frames), size)](
         rows, starts_, y_first, y_count, y_weights, y_weights.shape[1], slots_, out, size, BLOCK=block
     )
+
+
+def _rows_read(in_sizes: Sizes, out_sizes: Sizes, size: int) -> int:
+    """The most source rows that the crop of an image is made of, or a few more."""
+    scales = in_sizes / out_sizes
+    spans = (size - 1) * scales + 2 * _SUPPORT * np.maximum(1.0, scales) + 2
+    return int(np.minimum(in_sizes, np.ceil(spans)).max())
 
 
 def _taps(in_sizes: Sizes, out_sizes: Sizes) -> int:

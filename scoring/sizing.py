@@ -53,7 +53,7 @@ _TASK_ROWS, _TASKS_A_WORKER = 10_000, 4
 _PLAIN = _Size(4_096, 8_192, 2)
 # One window in the forward, the others at the decoders or being copied and cut. On an H100 with the compiled engine four gave
 # 31,500 rows/s and six 39,400; in one process without Ray four 37,100, five 41,000, six 41,700 and eight 37,600.
-_GPU_CALLS = 6
+_GPU_CALLS = 8
 # Of an H100's memory one window of 8,192 photographs in flight took 8 GB, four 21 and six 26: three times what its pixels take
 # for each, beside an engine. The driver keeps some to itself.
 _ENGINE_BYTES, _WINDOW_COPIES, _USABLE = 5e9, 3.2, 0.95

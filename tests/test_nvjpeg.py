@@ -1,7 +1,10 @@
 """nvJPEG's batches without a GPU: what is asked of the library, and what one bad image costs. `-m gpu` decodes with it."""
 
 import ctypes
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,12 +40,34 @@ class Library:
 
 
 class Decoder(nvjpeg.JpegDecoder):
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Any) -> None:
         self._library: Any = library
         self._headers: Any = library.header
+        self._handle: Any = None
+        self._states = []
+        self._turns = threading.Semaphore(nvjpeg.STATES)
+        self.made: list[Any] = []
 
-    def _thread(self) -> Any:
-        return None, None
+    def _new_state(self) -> Any:
+        self.made.append((None, len(self.made)))
+        return self.made[-1]
+
+
+class SlowLibrary(Library):
+    """Notes which states are used at once."""
+
+    def __init__(self) -> None:
+        super().__init__(broken=[])
+        self.used: list[int] = []
+        self.most = 0
+
+    def nvjpegDecodeBatched(self, handle: object, state: Any, data: Any, *rest: Any) -> int:  # noqa: N802
+        assert state not in self.used
+        self.used.append(state)
+        self.most = max(self.most, len(self.used))
+        time.sleep(0.02)
+        self.used.remove(state)
+        return 0
 
 
 class Stream:
@@ -72,6 +97,21 @@ def test_the_library_never_sees_an_image_that_would_not_fit_its_frame() -> None:
     found = Decoder(library).decode(np.arange(100, 106), lengths, frames(6, wide=[1]), stream)
     assert found.tolist() == [True, False, True, True, False, True]
     assert library.calls == [[100, 102, 103, 105]]
+
+
+def test_more_threads_than_states_take_turns() -> None:
+    library = SlowLibrary()
+    decoder = Decoder(library)
+    stream: Any = Stream()
+
+    def decode(_: int) -> bool:
+        return bool(decoder.decode(np.arange(100, 103), np.full(3, 5), frames(3), stream).all())
+
+    with ThreadPoolExecutor(2 * nvjpeg.STATES) as threads:
+        found = list(threads.map(decode, range(4 * nvjpeg.STATES)))
+    assert found == [True] * 4 * nvjpeg.STATES
+    assert library.most == nvjpeg.STATES
+    assert len(decoder.made) == nvjpeg.STATES, "a thread that is done leaves its state to the next"
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

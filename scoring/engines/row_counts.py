@@ -11,9 +11,9 @@ from scoring.engines.base import repeat_last
 if TYPE_CHECKING:
     import torch
 
-PLANNED_AFTER_ROWS = 131_072
+PLANNED_AFTER_ROWS = 98_304
 """Others than the first are planned for then: the first parts (20,000 rows) are written before. After 24,576 rows the plan held
-the first score back by 3 s; after 65,536 the first three parts still landed together, right behind it."""
+the first score back by 3 s; after 65,536 the first three parts still landed together, behind it."""
 
 
 def plan_first(counts: Sequence[int]) -> int:
