@@ -8,7 +8,9 @@ forward.
 import ctypes
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ import pyarrow as pa
 
 from scoring.decoding import ENCODED, FRAME, PIXELS
 from scoring.features import feature_name
-from scoring.frame_memory import BUFFER_BYTES, FrameMemory, Reached
+from scoring.frame_memory import BUFFER_BYTES, FILE_BYTES, FrameMemory, Reached
 from scoring.images import BadImageError, decode_image
 from scoring.resample import OVERREAD, Frames, Sizes, resize_frames
 from scoring.spec import ImageModel
@@ -57,25 +59,22 @@ class Images:
 class Decoder(Protocol):
     """Decodes JPEGs on the device, from any thread."""
 
-    def decode(self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: Any) -> npt.NDArray[np.bool_]:
+    def decode(
+        self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: Any, order: int
+    ) -> npt.NDArray[np.bool_]:
         """Write each image's RGB pixels to its frame, where they are for later work on `stream`; which could be read.
 
-        It may write before `stream` has done what it was given earlier.
+        It may write before `stream` has done what it was given earlier. Of several threads the lowest `order` goes first.
         """
 
 
 class DeviceImages:
     """The prepared images of one table, on the device: (images + 1, size, size, 3) uint8, the last one blank."""
 
-    def __init__(self, size: int, pixels: "torch.Tensor", slots: npt.NDArray[np.int64], held: Any = None) -> None:
+    def __init__(self, size: int, pixels: "torch.Tensor", slots: npt.NDArray[np.int64]) -> None:
         self._size = size
-        self._held = held
         self._pixels = pixels
         self._slots = slots
-
-    def settle(self) -> None:
-        """Call when the stream is done: what it read from is let go of."""
-        self._held = None
 
     def take(self, rows: npt.NDArray[np.intp], width: int) -> "torch.Tensor":
         """Pixels (n, width, size, size, 3) of some of the table's rows; places without an image are 0."""
@@ -103,7 +102,13 @@ class ImageStage:
         self._device = torch.device(device)
         self._max_pixels = max_pixels
         self._decoder = decoder
-        self._frames = FrameMemory(self._device, record_event if self._device.type == "cuda" else Reached)
+        on_gpu = self._device.type == "cuda"
+        record = record_event if on_gpu else Reached
+        empty = partial(torch.empty, dtype=torch.uint8)
+        self._frames = FrameMemory(partial(empty, device=self._device), record, BUFFER_BYTES)
+        # Pinned. From other memory the driver copies each image by itself: 17 us of a turn that all threads wait for.
+        self._files = FrameMemory(partial(empty, pin_memory=on_gpu), record, FILE_BYTES)
+        self._orders = count()
 
     def load(self, table: pa.Table) -> tuple[DeviceImages, dict[int, BadImageError]]:
         """The table's images on the device, and the rows with one that cannot be decoded after all.
@@ -117,7 +122,7 @@ class ImageStage:
         pixels = torch.empty((len(images) + 1, size, size, 3), dtype=torch.uint8, device=self._device)
         pixels[-1].zero_()
         self._upload(images.take(images.forms != ENCODED), pixels)
-        encoded, held = self._pin(images.take(images.forms == ENCODED))
+        encoded = images.take(images.forms == ENCODED)
         failed = self._decode_all(encoded, pixels)
         bad: dict[int, BadImageError] = {}
         if len(failed):
@@ -126,40 +131,28 @@ class ImageStage:
             )
             self._decode_exactly(failed, pixels, bad)
         places[list(bad)] = len(images)
-        return DeviceImages(size, pixels, places, held), bad
-
-    def _pin(self, images: Images) -> "tuple[Images, torch.Tensor | None]":
-        """The same bytes in pinned memory, which has to be held while the device reads it.
-
-        From other memory the driver copies each image by itself: 17 us of a turn that all threads wait for.
-        """
-        import torch
-
-        if not len(images) or self._device.type != "cuda":
-            return images, None
-        starts = np.cumsum(images.lengths) - images.lengths
-        pinned = torch.empty(int(images.lengths.sum()), dtype=torch.uint8, pin_memory=True)
-        for address, start, length in _runs(images.addresses, images.lengths, starts):
-            ctypes.memmove(pinned.data_ptr() + start, address, length)
-        return replace(images, addresses=pinned.data_ptr() + starts), pinned
+        return DeviceImages(size, pixels, places), bad
 
     def _decode_all(self, images: Images, pixels: "torch.Tensor") -> Images:
         """Decode on the hardware and resize; returns what it could not read."""
         is_good = np.ones(len(images), dtype=bool)
+        # The table that came first goes first: as a table each, taken in turns, all of them would be ready at the same time.
+        order = next(self._orders)
         for chunk in _chunks(_frame_bytes(images)):
-            is_good[chunk] = self._decode(images.take(np.arange(len(images))[chunk]), pixels)
+            is_good[chunk] = self._decode(images.take(np.arange(len(images))[chunk]), pixels, order)
         return images.take(~is_good)
 
-    def _decode(self, images: Images, pixels: "torch.Tensor") -> npt.NDArray[np.bool_]:
+    def _decode(self, images: Images, pixels: "torch.Tensor", order: int) -> npt.NDArray[np.bool_]:
         import torch
 
-        ends = np.cumsum(_frame_bytes(images))
+        ends, file_ends = np.cumsum(_frame_bytes(images)), np.cumsum(images.lengths)
         starts = np.concatenate([[0], ends[:-1]])
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
         assert self._decoder is not None, "encoded images are shipped only where the plan says gpu"
-        with self._frames.lend(int(ends[-1]) + OVERREAD) as buffer:
+        with self._files.lend(int(file_ends[-1])) as files, self._frames.lend(int(ends[-1]) + OVERREAD) as buffer:
+            addresses = _gather(images, files)
             frames = Frames(buffer.data_ptr() + starts, images.widths * 3, images.widths, images.heights)
-            is_good = self._decoder.decode(images.addresses, images.lengths, frames, stream)
+            is_good = self._decoder.decode(addresses, images.lengths, frames, stream, order)
             resize_frames(frames.take(is_good), self._model, images.slots[is_good], pixels)
         return is_good
 
@@ -200,8 +193,7 @@ class ImageStage:
         ends = np.cumsum(images.lengths)
         starts = ends - images.lengths
         staging = torch.empty(int(ends[-1]) + OVERREAD, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        for address, start, length in _runs(images.addresses, images.lengths, starts):
-            ctypes.memmove(staging.data_ptr() + start, address, length)
+        _gather(images, staging)
         on_device = staging.to(self._device, non_blocking=True)
         num_prepared = int((images.forms == PIXELS).sum())
         if num_prepared:
@@ -230,6 +222,14 @@ def _chunks(sizes: Sizes) -> Iterator[slice]:
         stop = max(start + 1, min(start + _DECODED_AT_ONCE, fitting))
         yield slice(start, stop)
         start = stop
+
+
+def _gather(images: Images, memory: "torch.Tensor") -> Sizes:
+    """Copy the images' bytes there, one behind the other; their new addresses."""
+    starts: Sizes = np.cumsum(images.lengths) - images.lengths
+    for address, start, length in _runs(images.addresses, images.lengths, starts):
+        ctypes.memmove(memory.data_ptr() + start, address, length)
+    return memory.data_ptr() + starts
 
 
 def _runs(addresses: Sizes, lengths: Sizes, starts: Sizes) -> "list[tuple[int, int, int]]":

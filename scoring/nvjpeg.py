@@ -7,7 +7,6 @@ take Python's lock at every image. On an H100 four threads decode and resize 34,
 import ctypes
 import importlib.metadata
 import logging
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from scoring.engines.base import EngineUnavailable
 from scoring.resample import Frames, Sizes
+from scoring.turns import Turns
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,8 @@ _RGB = 5
 _MAX_COMPONENTS = 4
 # Images a call: beside a forward 256 gave 13,300 rows/s and 64 12,300.
 _BATCH = 256
-# What decodes at once, whatever number of threads ask. Each has seven streams, and more streams than hardware queues stand behind
-# each other: beside a forward on an H200 six threads with a state each staged 44,800 rows/s, eight that shared four 48,800.
+# Decode at once, whatever number of threads ask. Each has seven streams, and more streams than hardware queues stand behind each
+# other: beside a forward on an H200 six threads at once gave 44,800 rows/s, four of eight 48,800, three 43,700.
 STATES = 4
 
 _State = tuple[ctypes.c_void_p, ctypes.c_void_p]
@@ -65,7 +65,7 @@ class JpegDecoder:
         self._headers.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_void_p] * 4]
         self._handle, backend, statuses = self._open()
         self._states: list[_State] = []
-        self._turns = threading.Semaphore(STATES)
+        self._turns = Turns(STATES)
         if statuses:
             logger.warning("images: JPEGs are decoded by %s, as %s cannot be had here", backend, ", ".join(statuses))
         else:
@@ -84,16 +84,18 @@ class JpegDecoder:
         raise EngineUnavailable(f"nvJPEG has no decoder for this GPU ({', '.join(statuses)})")
 
     def decode(
-        self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: "torch.cuda.Stream"
+        self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: "torch.cuda.Stream", order: int
     ) -> npt.NDArray[np.bool_]:
         """Write the RGB pixels of each JPEG, `lengths` bytes at `addresses` of the host's memory, to its frame.
+
+        Where more threads ask than there are states, the one with the lowest `order` is next.
 
         Returns which could be read, (n,); the pixels are there for later work on `stream`, and the bytes must stay until it is
         done. The library's own streams do not wait for what `stream` had to do before: see `frame_memory.py`.
         """
         is_good = self._fits(addresses, lengths, frames)
         places = np.flatnonzero(is_good)
-        with self._lend() as lent:
+        with self._lend(order) as lent:
 
             def decode(batch: npt.NDArray[np.intp]) -> int:
                 return self._decode(addresses[batch], lengths[batch], frames.take(batch), stream, lent)
@@ -140,9 +142,9 @@ class JpegDecoder:
         return int(status)
 
     @contextmanager
-    def _lend(self) -> "Iterator[_State]":
+    def _lend(self, order: int) -> "Iterator[_State]":
         """One of the states, with its handle, while nobody else has it."""
-        with self._turns:
+        with self._turns.take(order):
             try:
                 lent = self._states.pop()
             except IndexError:

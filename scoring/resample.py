@@ -81,29 +81,22 @@ def resize_frames(frames: Frames, model: ImageModel, slots: Sizes, out: "torch.T
     widths, heights = target_sizes(model, frames.widths, frames.heights)
     # Pillow sums rows first; its half-way image is never wider than the crop needs.
     starts = np.cumsum(frames.heights) - frames.heights
-    table = np.stack([frames.addresses, frames.pitches, starts, slots, frames.widths, frames.heights, widths, heights])
+    table = np.stack([frames.addresses, frames.pitches, frames.heights, starts, slots, frames.widths, widths, heights])
     host = torch.from_numpy(np.ascontiguousarray(table))
     on_device = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    addresses, pitches, starts_, slots_, in_widths, in_heights, out_widths, out_heights = on_device
+    addresses, pitches, in_heights, starts_, slots_, in_widths, out_widths, out_heights = on_device
     x_first, x_count, x_weights = _weights(in_widths, out_widths, size, _taps(frames.widths, widths))
     y_first, y_count, y_weights = _weights(in_heights, out_heights, size, _taps(frames.heights, heights))
     rows = torch.empty((int(frames.heights.sum()), size, 3), dtype=torch.uint8, device=device)
-    grid = (len(frames), -(-_rows_read(frames.heights, heights, size) // _BLOCK_Y), -(-size // _BLOCK_X))
+    grid = (len(frames), -(-int(frames.heights.max()) // _BLOCK_Y), -(-size // _BLOCK_X))
     resize_rows[grid](
-        addresses, pitches, starts_, x_first, x_count, x_weights, x_weights.shape[1], y_first, y_count, rows, size,
+        addresses, pitches, in_heights, starts_, x_first, x_count, x_weights, x_weights.shape[1], rows, size,
         BLOCK_Y=_BLOCK_Y, BLOCK_X=_BLOCK_X,
     )  # fmt: skip
     block = 1 << (size * 3 - 1).bit_length()
     resize_columns[(len(frames), size)](
         rows, starts_, y_first, y_count, y_weights, y_weights.shape[1], slots_, out, size, BLOCK=block
     )
-
-
-def _rows_read(in_sizes: Sizes, out_sizes: Sizes, size: int) -> int:
-    """The most source rows that the crop of an image is made of, or a few more."""
-    scales = in_sizes / out_sizes
-    spans = (size - 1) * scales + 2 * _SUPPORT * np.maximum(1.0, scales) + 2
-    return int(np.minimum(in_sizes, np.ceil(spans)).max())
 
 
 def _taps(in_sizes: Sizes, out_sizes: Sizes) -> int:

@@ -51,12 +51,13 @@ _BLOCK_SLACK = 1.4  # Ray cuts blocks of 1.5 times the size that they are closed
 # has some of them, so that all end at about the same time.
 _TASK_ROWS, _TASKS_A_WORKER = 10_000, 4
 _PLAIN = _Size(4_096, 8_192, 2)
-# One window in the forward, the others at the decoders or being copied and cut. On an H100 with the compiled engine four gave
-# 31,500 rows/s and six 39,400; in one process without Ray four 37,100, five 41,000, six 41,700 and eight 37,600.
+# One window in the forward, four at the decoders (see `nvjpeg.py`), the others being copied and cut. On an H100 with the compiled
+# engine and a decoder for each four gave 31,500 rows/s and six 39,400; in one process without Ray on an H200 six gave 44,800 and
+# eight that shared four decoders 48,800.
 _GPU_CALLS = 8
-# Of an H100's memory one window of 8,192 photographs in flight took 8 GB, four 21 and six 26: three times what its pixels take
-# for each, beside an engine. The driver keeps some to itself.
-_ENGINE_BYTES, _WINDOW_COPIES, _USABLE = 5e9, 3.2, 0.95
+# Of a GPU's memory one window of 8,192 photographs in flight took 8 GB, six 26 (H100) and eight 38 (H200): 3.4 times what its
+# pixels take for each, beside an engine. The driver keeps some to itself.
+_ENGINE_BYTES, _WINDOW_COPIES, _USABLE = 5e9, 3.4, 0.95
 # On the CPU. Without images rows are narrow, and a block is what a killed driver loses: 16 MiB of them were 20,000 rows.
 _CPU_IMAGE_BYTES, _CPU_PLAIN_BYTES = 16 * _MIB, _MIB // 4
 _CPU_ROWS = 256

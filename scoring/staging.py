@@ -124,8 +124,6 @@ class Staging:
             if self._shapes is not None:
                 batches = _upload(batches, self._shapes)
                 record_event().synchronize()
-            if images is not None:
-                images.settle()
         return Staged(batches, bad, time.perf_counter() - start, halvings)
 
     def lower(self, staged: Staged) -> None:

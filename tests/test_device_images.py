@@ -37,9 +37,13 @@ class PillowDecoder:
     def __init__(self, fails_on: Sequence[bytes]) -> None:
         self._fails_on = frozenset(fails_on)
         self.asked = 0
+        self.orders: list[int] = []
 
-    def decode(self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: object) -> npt.NDArray[np.bool_]:
+    def decode(
+        self, addresses: Sizes, lengths: Sizes, frames: Frames, stream: object, order: int
+    ) -> npt.NDArray[np.bool_]:
         self.asked += len(frames)
+        self.orders.append(order)
         contents = [ctypes.string_at(*where) for where in zip(addresses.tolist(), lengths.tolist(), strict=True)]
         for content, address, width, height in zip(
             contents, frames.addresses.tolist(), frames.widths.tolist(), frames.heights.tolist(), strict=True
@@ -88,7 +92,8 @@ def compare() -> dict[str, Any]:
         pixels = images.take(order, 2).numpy()[::-1]
         found[name] = {"differing": int((pixels != spec_free).sum()), "bad": len(bad), "decoded": decoder.asked}
     # Pillow refuses it as well where the limit is lower than the worker's was.
-    stage = ImageStage(MODEL, "cpu", PillowDecoder(fails_on=[GOOD[1]]), max_pixels=1_000)
+    decoder = PillowDecoder(fails_on=[GOOD[1]])
+    stage = ImageStage(MODEL, "cpu", decoder, max_pixels=1_000)
     table = features_of([[GOOD[0]], [GOOD[1]], [GOOD[0]]], DecodePlan("gpu", resizes_on_gpu=True))
     images, bad = stage.load(table)
     found["refused"] = {
@@ -96,6 +101,9 @@ def compare() -> dict[str, Any]:
         "bad": {row: error.reason for row, error in bad.items()},
         "left": int(images.take(np.array([1]), 1).sum()),
     }
+    device_images._DECODED_AT_ONCE = 2
+    stage.load(table)
+    found["orders"] = decoder.orders
     return found
 
 
@@ -122,6 +130,7 @@ def test_every_way_gives_the_same_pixels_and_what_the_decoder_cannot_read_goes_t
     assert found["encoded"]["decoded"] == 5
     assert 0 < found["shared"]["decoded"] < 5
     assert found["frames"]["decoded"] == found["pixels"]["decoded"] == 0
+    assert found["orders"] == [0, 1, 1], "a table that came first goes first, all its images"
     assert found["refused"] == {"forms": [2, 2, 2], "bad": {"1": "image_too_large"}, "left": 0}
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from scoring import frame_memory
 from scoring.frame_memory import FrameMemory
 
 
@@ -31,13 +30,16 @@ class Event:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    monkeypatch.setattr(frame_memory, "BUFFER_BYTES", 1_000)
+def events() -> Events:
     return Events()
 
 
+def allocate(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 def test_a_buffer_comes_back_after_the_other_one_and_when_its_readers_are_done(events: Events) -> None:
-    memory = FrameMemory(torch.device("cpu"), events.record)
+    memory = FrameMemory(allocate, events.record, 1_000)
     lent: list[int] = []
     for number in range(6):
         with memory.lend(700) as buffer:
@@ -56,7 +58,7 @@ def done(events: Events) -> list[bool]:
 
 
 def test_new_memory_is_waited_for_and_a_larger_one_replaces_it(events: Events) -> None:
-    memory = FrameMemory(torch.device("cpu"), events.record)
+    memory = FrameMemory(allocate, events.record, 1_000)
     with memory.lend(10) as buffer:
         assert len(buffer) == 1_000
         assert events.waited == [True]
@@ -69,14 +71,14 @@ def test_new_memory_is_waited_for_and_a_larger_one_replaces_it(events: Events) -
 
 
 def test_what_fails_in_the_block_is_waited_for_as_well(events: Events) -> None:
-    memory = FrameMemory(torch.device("cpu"), events.record)
+    memory = FrameMemory(allocate, events.record, 1_000)
     with pytest.raises(ValueError, match="no"), memory.lend(10):
         raise ValueError("no")
     assert events.waited == [True, False]
 
 
 def test_threads_have_buffers_of_their_own(events: Events) -> None:
-    memory = FrameMemory(torch.device("cpu"), events.record)
+    memory = FrameMemory(allocate, events.record, 1_000)
 
     def address() -> int:
         with memory.lend(10) as buffer:

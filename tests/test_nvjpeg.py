@@ -1,7 +1,6 @@
 """nvJPEG's batches without a GPU: what is asked of the library, and what one bad image costs. `-m gpu` decodes with it."""
 
 import ctypes
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import pytest
 from scoring import nvjpeg
 from scoring.engines.base import EngineUnavailable
 from scoring.resample import Frames
+from scoring.turns import Turns
 
 
 class Library:
@@ -45,7 +45,7 @@ class Decoder(nvjpeg.JpegDecoder):
         self._headers: Any = library.header
         self._handle: Any = None
         self._states = []
-        self._turns = threading.Semaphore(nvjpeg.STATES)
+        self._turns = Turns(nvjpeg.STATES)
         self.made: list[Any] = []
 
     def _new_state(self) -> Any:
@@ -84,7 +84,7 @@ def test_a_batch_with_one_bad_image_is_decoded_image_by_image(monkeypatch: pytes
     monkeypatch.setattr(nvjpeg, "_BATCH", 4)
     library = Library(broken=[105])
     stream: Any = Stream()
-    found = Decoder(library).decode(np.arange(100, 110), np.full(10, 5), frames(10), stream)
+    found = Decoder(library).decode(np.arange(100, 110), np.full(10, 5), frames(10), stream, 0)
     assert found.tolist() == [place != 5 for place in range(10)]
     assert library.calls == [[100, 101, 102, 103], [104, 105, 106, 107], [104], [105], [106], [107], [108, 109]]
 
@@ -94,7 +94,7 @@ def test_the_library_never_sees_an_image_that_would_not_fit_its_frame() -> None:
     lengths = np.full(6, 5)
     lengths[4] = 0  # no header that could be read
     stream: Any = Stream()
-    found = Decoder(library).decode(np.arange(100, 106), lengths, frames(6, wide=[1]), stream)
+    found = Decoder(library).decode(np.arange(100, 106), lengths, frames(6, wide=[1]), stream, 0)
     assert found.tolist() == [True, False, True, True, False, True]
     assert library.calls == [[100, 102, 103, 105]]
 
@@ -104,8 +104,8 @@ def test_more_threads_than_states_take_turns() -> None:
     decoder = Decoder(library)
     stream: Any = Stream()
 
-    def decode(_: int) -> bool:
-        return bool(decoder.decode(np.arange(100, 103), np.full(3, 5), frames(3), stream).all())
+    def decode(order: int) -> bool:
+        return bool(decoder.decode(np.arange(100, 103), np.full(3, 5), frames(3), stream, order).all())
 
     with ThreadPoolExecutor(2 * nvjpeg.STATES) as threads:
         found = list(threads.map(decode, range(4 * nvjpeg.STATES)))

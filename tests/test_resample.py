@@ -60,9 +60,9 @@ def test_every_pixel_is_pillows() -> None:
     assert found == dict.fromkeys(WAYS, differing)
 
 
-TYPES = {"addresses": "*i64", "pitches": "*i64", "starts": "*i64", "slots": "*i64"}
+TYPES = {"addresses": "*i64", "pitches": "*i64", "heights": "*i64", "starts": "*i64", "slots": "*i64"}
 TYPES |= {"in_sizes": "*i64", "out_sizes": "*i64", "first": "*i32", "count": "*i32", "weights": "*i32"}
-TYPES |= {"row_first": "*i32", "row_count": "*i32", "taps": "i32", "size": "i32", "out": "*u8", "rows": "*u8"}
+TYPES |= {"taps": "i32", "size": "i32", "out": "*u8", "rows": "*u8"}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
