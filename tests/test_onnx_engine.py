@@ -7,7 +7,7 @@ import torch
 
 from scoring.engines.base import Shapes
 from scoring.engines.onnx_engine import OnnxGpuEngine, counts_that_pay
-from scoring.engines.row_counts import choose_count, plan_first
+from scoring.engines.row_counts import PLANNED_AFTER_ROWS, choose_count, plan_first
 
 COUNTS = (32, 64, 128, 256, 512)
 
@@ -62,7 +62,8 @@ def test_a_long_run_plans_for_large_batches_after_its_first_rows() -> None:
     assert counts_that_pay(COUNTS, 10**7) == (512, 256)
     assert counts_that_pay((1, 2), 10**7) == (2,), "not what is planned for first"
     engine = PlannedCounts(600_000)
-    assert [parts(engine, 512) for _ in range(128)] == [[128] * 4] * 128, "three parts of scores come first"
+    first = PLANNED_AFTER_ROWS // 512
+    assert [parts(engine, 512) for _ in range(first)] == [[128] * 4] * first, "the first parts of scores are written before"
     assert parts(engine, 512) == [512, 512], "zeros, then the batch"
     assert parts(engine, 256) == [128] * 2
     engine.close()
