@@ -63,7 +63,9 @@ def test_a_long_run_plans_for_large_batches_after_its_first_rows() -> None:
     assert counts_that_pay((1, 2), 10**7) == (2,), "not what is planned for first"
     engine = PlannedCounts(600_000)
     first = PLANNED_AFTER_ROWS // 512
-    assert [parts(engine, 512) for _ in range(first)] == [[128] * 4] * first, "the first parts of scores are written before"
+    assert [parts(engine, 512) for _ in range(first)] == [[128] * 4] * first, (
+        "the first parts of scores are written before"
+    )
     assert parts(engine, 512) == [512, 512], "zeros, then the batch"
     assert parts(engine, 256) == [128] * 2
     engine.close()
