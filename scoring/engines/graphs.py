@@ -69,7 +69,7 @@ class Graphs:
         import torch
 
         # Earlier windows are done and on their way first: the run that plans holds Python's one interpreter for seconds
-        # (pytorch 197516). On an H200 the first part of a job landed behind it, 7.4 s after its engine was there instead of 4.7.
+        # (pytorch 197516), and their scores would wait for it.
         caller.synchronize()
         with torch.cuda.stream(caller):
             return self._capture_here(tensors)
