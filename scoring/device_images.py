@@ -136,8 +136,8 @@ class ImageStage:
     def _decode_all(self, images: Images, pixels: "torch.Tensor") -> Images:
         """Decode on the hardware and resize; returns what it could not read."""
         is_good = np.ones(len(images), dtype=bool)
-        # The table that came first goes first. Where all took turns, the first of eight was ready 4.4 s after the engine of an
-        # H200, with the others; of six with a decoder each after 2.3 s.
+        # The table that came first goes first. Where eight took turns, the first one was ready 4.4 s after the engine of an H200,
+        # of six with a decoder each after 2.3 s.
         order = next(self._orders)
         for chunk in _chunks(_frame_bytes(images)):
             is_good[chunk] = self._decode(images.take(np.arange(len(images))[chunk]), pixels, order)

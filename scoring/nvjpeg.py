@@ -36,8 +36,8 @@ _RGB = 5
 _MAX_COMPONENTS = 4
 # Images a call: beside a forward 256 gave 13,300 rows/s and 64 12,300.
 _BATCH = 256
-# Decode at once, whatever number of threads ask. Each has seven streams, and more streams than hardware queues stand behind each
-# other: beside a forward on an H200 six threads at once gave 44,800 rows/s, four of eight 48,800, three 43,700.
+# Decode at once, whatever number of threads ask: beside a forward on an H200 six threads at once gave 44,800 rows/s, four of eight
+# 48,800, five of eight 45,300, three of eight 43,700. Each has seven streams, and a GPU 32 hardware queues (see `streams.py`).
 STATES = 4
 
 _State = tuple[ctypes.c_void_p, ctypes.c_void_p]
@@ -97,16 +97,17 @@ class JpegDecoder:
         places = np.flatnonzero(is_good)
         with self._lend(order) as lent:
 
-            def decode(batch: npt.NDArray[np.intp]) -> int:
+            def status_of(batch: npt.NDArray[np.intp]) -> int:
                 return self._decode(addresses[batch], lengths[batch], frames.take(batch), stream, lent)
 
             for start in range(0, len(places), _BATCH):
                 batch = places[start : start + _BATCH]
-                if decode(batch):
+                if status_of(batch):
                     # One that cannot be read fails its whole batch.
-                    statuses = [decode(batch[[i]]) for i in range(len(batch))]
+                    statuses = [status_of(image) for image in batch[:, None]]
                     is_good[batch] = np.array(statuses) == 0
-                    logger.info("images: of a batch of %d, nvJPEG refuses with: %s", len(batch), Counter(statuses))
+                    counts = Counter(status for status in statuses if status)
+                    logger.info("images: of a batch of %d, nvJPEG refuses (status: images) %s", len(batch), dict(counts))
         return is_good
 
     def _fits(self, addresses: Sizes, lengths: Sizes, frames: Frames) -> npt.NDArray[np.bool_]:
