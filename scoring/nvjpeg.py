@@ -36,7 +36,7 @@ _RGB = 5
 _MAX_COMPONENTS = 4
 # Images a call: beside a forward 256 gave 13,300 rows/s and 64 12,300.
 _BATCH = 256
-# Decode at once, whatever number of threads ask: beside a forward on an H200 six threads at once gave 44,800 rows/s, four of eight
+# Decode at once, whatever number of threads ask: beside a forward on an H200 six of six threads gave 44,800 rows/s, four of eight
 # 48,800, five of eight 45,300, three of eight 43,700. Each has seven streams, and a GPU 32 hardware queues (see `streams.py`).
 STATES = 4
 
@@ -107,7 +107,9 @@ class JpegDecoder:
                     statuses = [status_of(image) for image in batch[:, None]]
                     is_good[batch] = np.array(statuses) == 0
                     counts = Counter(status for status in statuses if status)
-                    logger.info("images: of a batch of %d, nvJPEG refuses (status: images) %s", len(batch), dict(counts))
+                    logger.info(
+                        "images: of a batch of %d, nvJPEG refuses (status: images) %s", len(batch), dict(counts)
+                    )
         return is_good
 
     def _fits(self, addresses: Sizes, lengths: Sizes, frames: Frames) -> npt.NDArray[np.bool_]:
