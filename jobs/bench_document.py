@@ -30,13 +30,16 @@ def ours(parts: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def ratios(parts: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
-    """Ours over each peer and over the lower limit: D with its start-up counted (theirs is not), steady without."""
+    """Ours over each peer and over the lower limit: D with its start-up counted (theirs is not), steady without.
+
+    The limit is that of the same decoder: without P of it there is no such ratio.
+    """
     found: dict[str, dict[str, float]] = {}
     for name, entry in ours(parts).items():
         others = {peer: parts[peer]["rows_per_s"] for peer in ("A", "A+", "C") if _has_rate(parts, peer)}
-        if _has_rate(parts, "L") and _has_rate(parts, "P"):
-            features = parts["P"]["by_decode"].get(name.removeprefix("D-"), parts["P"])
-            others["min(L,P)"] = min(parts["L"]["rows_per_s"], features.get("rows_per_s", float("inf")))
+        features = parts.get("P", {}).get("by_decode", {})
+        if _has_rate(parts, "L") and _has_rate(features, mode := name.removeprefix("D-")):
+            others["min(L,P)"] = min(parts["L"]["rows_per_s"], features[mode]["rows_per_s"])
         rates = {"D": entry["rows_per_s"], "steady": entry["steady_rows_per_s"]}
         found[name] = {
             f"{kind}/{other}": round(rate / value, 3)

@@ -239,6 +239,16 @@ def test_ratios_compare_ours_with_each_peer_and_the_lower_limit() -> None:
     assert ratios(parts) == {"D-exact": {"D/A": 5.0, "D/min(L,P)": 0.5}}
 
 
+def test_a_decoder_whose_features_were_not_measured_is_not_held_against_anothers() -> None:
+    parts: dict[str, Any] = {
+        "D-exact": {"rows_per_s": 50.0, "steady_rows_per_s": 80.0},
+        "D-gpu": {"rows_per_s": 300.0, "steady_rows_per_s": 320.0},
+        "L": {"rows_per_s": 800.0},
+        "P": {"rows_per_s": 400.0, "by_decode": {"gpu": {"rows_per_s": 400.0}, "exact": {"unavailable": "no"}}},
+    }
+    assert ratios(parts) == {"D-exact": {}, "D-gpu": {"D/min(L,P)": 0.75, "steady/min(L,P)": 0.8}}
+
+
 def test_parts_keep_their_order_and_an_unknown_one_is_named() -> None:
     assert chosen_parts(Request(Path("."), only=("L", "A"))) == ("A", "L")
     assert chosen_parts(Request(Path("."), quick=True)) == ("A", "D-exact", "L")
